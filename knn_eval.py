@@ -1,0 +1,141 @@
+"""Judge a backbone without training: a weighted k-NN vote on its frozen features.
+
+    python knn_eval.py --init runs/RUN/model.pt
+    torchrun --nproc_per_node 4 knn_eval.py --dataset folder --data-dir DIR --arch deit_small --init imagenet-dino
+
+Matsoukas et al. 2023, section 3, after Caron et al. 2021, section 4.1: the training images nearest by cosine
+similarity vote with the weight exp(similarity / 0.07), k = 200. Every k of --k is scored; the one that is best on
+validation gives the headline. features.npz keeps the features of all splits.
+"""
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import common
+from common import fail, say
+
+
+def arguments():
+    """The command line."""
+    parser, groups = common.make_parser(__doc__)
+    knn = parser.add_argument_group("k-NN")
+    knn.add_argument("--k", default="1,5,20,200", help="numbers of neighbours (default 1,5,20,200; paper: 200)")
+    knn.add_argument("--temperature", type=float, default=0.07, help="of the votes (default, paper: 0.07)")
+    knn.add_argument("--pool", default="auto", choices=["auto", "cls", "mean"],
+                     help="ViT feature: CLS token or mean of the patch tokens (auto: the model's own, CLS for DeiT)")
+    knn.add_argument("--batch-size", type=int, default=128, help="images at a time and process (default 128)")
+    args = common.parse(parser)
+    if not all(k.strip().isdigit() and int(k) > 0 for k in args.k.split(",")):
+        fail(f"--k {args.k}: expected whole numbers, comma separated, such as 1,5,20,200")
+    if args.temperature <= 0:
+        fail(f"--temperature {args.temperature}: must be more than 0")
+    return args
+
+
+@torch.inference_mode()
+def extract(model, dataset, split, args, run):
+    """Features (N, D) float32 of a split, in its order, on every process's CPU."""
+    mine = np.arange(run.rank, len(split), run.world)
+    batches = [split.rows[mine[i:i + args.batch_size]] for i in range(0, len(mine), args.batch_size)]
+    parts = [torch.zeros(0, model.num_features)]
+    for images, sizes in tqdm(common.load_batches(dataset.store, batches, run.device), "features", len(batches),
+                              leave=False, disable=run.rank > 0):
+        with run.autocast():
+            view = common.eval_view(images, sizes, args, dataset.mean, dataset.std)
+            parts.append(common.features(model, view, args.pool).cpu())
+    return common.gather_rows(torch.cat(parts), len(split), run)
+
+
+@torch.inference_mode()
+def vote(train, labels, queries, ks, temperature, tile=4096):
+    """Class shares of the k nearest training images for every k.
+
+    train (N, D) and queries (M, D) float32, L2-normalised; labels (N, C) float32, one-hot or multilabel.
+    For each query the k largest cosines s vote for their labels with weight exp(s / temperature); the shares are
+    divided by the weights' sum. Returns {k: (M, C) float32 on the CPU}. Memory goes with tile, not with N x M."""
+    most, shares = max(ks), {k: [] for k in ks}
+    for query in queries.split(tile // 4):
+        best = torch.empty(len(query), 0, device=query.device)
+        where = torch.empty(len(query), 0, dtype=torch.long, device=query.device)
+        for start in range(0, len(train), tile):
+            block = train[start:start + tile]
+            similarity, index = (query @ block.T).topk(min(most, len(block)), dim=1)
+            best, where = torch.cat([best, similarity], 1), torch.cat([where, index + start], 1)
+            best, keep = best.topk(min(most, best.shape[1]), dim=1)
+            where = where.gather(1, keep)
+        weights = ((best - best[:, :1]) / temperature).exp()  # the largest is 1, whatever the temperature
+        for k in ks:
+            weight = weights[:, :k, None]
+            shares[k].append(((weight * labels[where[:, :k]]).sum(1) / weight.sum(1)).cpu())
+    return {k: torch.cat(parts) for k, parts in shares.items()}
+
+
+def main():
+    """Extract features, vote, score."""
+    args = arguments()
+    run = common.start(args)
+    folder = common.open_run(args, run, "knn_eval", ["features.npz"])
+    begin = time.time()
+    dataset = common.load_dataset(args)
+    if args.init not in ("random", "imagenet", "imagenet-dino"):
+        _, meta = common.read_checkpoint(args.init, args.init_key)
+        dataset.mean, dataset.std = meta.get("mean", dataset.mean), meta.get("std", dataset.std)
+    model, pretrained_on = common.build_model(args, 0)
+    model = common.to_device(model, run).eval()
+    if args.compile:
+        model.forward_features = torch.compile(model.forward_features)
+    splits, seconds = dataset.splits, time.time()
+    feats = {name: extract(model, dataset, split, args, run) for name, split in splits.items()}
+    speed = sum(dataset.counts.values()) / (time.time() - seconds)
+    if run.rank > 0:
+        return
+    labels = {name: split.labels for name, split in splits.items()}
+    arrays = {f"{name}_{what}": value for name, split in splits.items() for what, value in
+              (("features", feats[name].numpy()), ("labels", split.labels), ("paths", np.array(split.paths)))}
+
+    def save(part):
+        with open(part, "wb") as out:
+            np.savez(out, classes=np.array(dataset.classes), **arrays)
+    common.write_atomic(folder / "features.npz", save)
+
+    ks = sorted({min(int(k), len(splits["train"])) for k in args.k.split(",")})
+    if max(int(k) for k in args.k.split(",")) > len(splits["train"]):
+        say(f"note: there are {len(splits['train'])} training images; k above that is cut to it")
+    unit = {name: F.normalize(value, dim=1).to(run.device) for name, value in feats.items()}
+    targets = torch.from_numpy(labels["train"])
+    targets = F.one_hot(targets, len(dataset.classes)) if targets.ndim == 1 else targets
+    targets = targets.float().to(run.device)
+    scores = {name: {k: shares.double().numpy() for k, shares in
+                     vote(unit["train"], targets, unit[name], ks, args.temperature).items()}
+              for name in ("val", "test")}
+    value = lambda name, k: common.metric(dataset.metric, dataset.task, labels[name], scores[name][k])  # noqa: E731
+    best = max(ks, key=lambda k: (value("val", k) or 0, -k))
+    val = common.all_metrics(dataset.task, dataset.classes, labels["val"], scores["val"][best])
+    test = common.score_split(dataset, "test", labels["test"], scores["test"][best])
+    common.write_predictions(folder / "predictions.csv", dataset, splits["test"].paths, labels["test"],
+                             scores["test"][best])
+    headline = f"{dataset.metric} {common.show(test[dataset.metric])}"
+    common.write_json(folder / "metrics.json", {
+        "stage": "knn_eval", "dataset": dataset.name, "arch": args.arch, "init": common.init_name(args.init),
+        "pretrained_on": pretrained_on, "seed": args.seed, "metric": dataset.metric, "k": best,
+        "by_k": {k: {"val": value("val", k), "test": value("test", k)} for k in ks}, "val": val, "test": test,
+        "counts": dataset.counts, "leakage": dataset.leakage, "image_size": args.image_size, "pool": args.pool,
+        "epochs": 0, "parameters": sum(p.numel() for p in model.parameters()), "seconds": time.time() - begin,
+        "images_per_second": speed, "device": common.device_name(run.device), "amp": run.amp,
+        "world_size": run.world, "summary": f"test {headline} at k = {best}"})
+    common.print_table(["k", f"val {dataset.metric}", f"test {dataset.metric}"],
+                       [[k, common.show(value("val", k)), common.show(value("test", k))] for k in ks])
+    low, high = test["interval"] or (None, None)
+    say(f"k = {best}, best on validation: {headline} on {len(splits['test'])} test images "
+        f"(95 % interval {common.show(low)} to {common.show(high)}), features at {speed:.1f} images/s")
+    say(f"written: {folder}")
+
+
+if __name__ == "__main__":
+    main()
+    if dist.is_initialized():
+        dist.destroy_process_group()
