@@ -2,7 +2,18 @@
 
 A stage imports this file and nothing else of the project; to use one elsewhere, copy both files.
 """
-import argparse, csv, fcntl, hashlib, json, math, os, pickle, platform, shutil, sys, threading, time  # noqa: E401
+import argparse
+import csv
+import fcntl
+import hashlib
+import json
+import math
+import os
+import pickle
+import platform
+import shutil
+import sys
+import warnings
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -14,7 +25,6 @@ import numpy as np
 import timm
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
@@ -179,7 +189,8 @@ def index_csv(args):
     paths = resolve_paths(file, [row[args.image_column] for row in rows], folders)
     text = [[(row[column] or "").strip() for column in columns] for row in rows]
     if len(columns) > 1:
-        wrong = [f"{paths[i]} ({' '.join(t)})" for i, t in enumerate(text) if not set(t) <= {"0", "1", "0.0", "1.0"}]
+        wrong = [f"{Path(paths[i]).name} {' '.join(t)}" for i, t in enumerate(text)
+                 if not set(t) <= {"0", "1", "0.0", "1.0"}]
         if wrong:
             fail(f"{file}: multilabel columns hold 0 or 1; {len(wrong)} rows do not: {some(wrong)}")
         classes, labels = columns, np.array([[float(value) for value in t] for t in text], np.float32)
@@ -427,7 +438,6 @@ def fingerprint(paths, side):
 
 def build_store(folder, paths, side, workers):
     """Decode every image into folder/pixels.bin and folder/index.npz, in several processes."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
     free, needed = shutil.disk_usage(folder.parent).free, 4 * side * side * len(paths)
     if needed > free:
         fail(f"--cache-dir {folder.parent}: caching {len(paths)} images at --resize {side} takes up to "
@@ -440,23 +450,17 @@ def build_store(folder, paths, side, workers):
     count, offset, broken = len(paths), 0, {}
     offsets, hashes = np.zeros(count, np.int64), np.zeros(count, np.uint64)
     shapes, sizes = np.zeros((count, 3), np.int32), np.zeros((count, 2), np.int32)
-    try:
-        with open(partial / "pixels.bin", "wb") as out, tqdm(total=count, desc="caching", unit="image") as bar:
-            items = (item for batch in loader for item in batch)
-            for row, (pixels, size, digest, reason) in enumerate(items):
-                bar.update()
-                if reason:
-                    broken[str(row)] = reason
-                    continue
-                out.write(pixels.data)
-                offsets[row], shapes[row], sizes[row], hashes[row] = offset, pixels.shape, size, digest
-                offset += pixels.nbytes
-        np.savez(partial / "index.npz", offsets=offsets, shapes=shapes, sizes=sizes, hashes=hashes,
-                 broken=json.dumps(broken))
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        fail(f"--cache-dir {folder.parent}: writing the cache failed after {offset / 1e9:.2f} GB ({error}); "
-             "free some space or give another --cache-dir")
+    with open(partial / "pixels.bin", "wb") as out, tqdm(total=count, desc="caching", unit="image") as bar:
+        for row, (pixels, size, digest, reason) in enumerate(item for batch in loader for item in batch):
+            bar.update()
+            if reason:
+                broken[str(row)] = reason
+                continue
+            out.write(pixels.data)
+            offsets[row], shapes[row], sizes[row], hashes[row] = offset, pixels.shape, size, digest
+            offset += pixels.nbytes
+    np.savez(partial / "index.npz", offsets=offsets, shapes=shapes, sizes=sizes, hashes=hashes,
+             broken=json.dumps(broken))
     partial.rename(folder)
 
 
@@ -465,11 +469,16 @@ def open_store(name, paths, args):
     wait. Files that cannot be decoded are all named, and an error unless --skip-broken."""
     folder = Path(args.cache_dir) / f"{name}-{args.resize}-{fingerprint(paths, args.resize)}"
     if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with open(folder.parent / f".{folder.name}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # a second run started meanwhile waits here and then finds it built
-            if not folder.exists():
-                build_store(folder, paths, args.resize, args.workers)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with open(folder.parent / f".{folder.name}.lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # a second run started meanwhile waits here, then finds it built
+                if not folder.exists():
+                    build_store(folder, paths, args.resize, args.workers)
+        except OSError as error:
+            shutil.rmtree(folder.with_name(folder.name + ".partial"), ignore_errors=True)
+            fail(f"--cache-dir {args.cache_dir}: the cache cannot be written ({error}); free space there or give "
+                 "another --cache-dir")
     barrier()
     index = np.load(folder / "index.npz")
     size = (folder / "pixels.bin").stat().st_size
@@ -611,10 +620,9 @@ def random_boxes(draws, sizes, scale, ratio=(3 / 4, 4 / 3)):
     any_fits = fits.any(1, keepdim=True)
     w = torch.where(any_fits, w.gather(1, first), w_fall)
     h = torch.where(any_fits, h.gather(1, first), h_fall)
-    place = draws.uniform(2)
-    place = torch.where(any_fits, place, torch.full_like(place, 0.5))
-    top, left = (place[:, :1] * (height - h + 1)).floor(), (place[:, 1:] * (width - w + 1)).floor()
-    return torch.cat([torch.minimum(top, height - h), torch.minimum(left, width - w), h, w], 1)
+    place, free = draws.uniform(2), torch.cat([height - h, width - w], 1)
+    corner = torch.where(any_fits, (place * (free + 1)).floor().minimum(free), (free / 2).floor())
+    return torch.cat([corner, h, w], 1)
 
 
 def centre_boxes(sizes, side):
@@ -738,7 +746,8 @@ def read_checkpoint(path, key=None):
         if str(path).endswith(".safetensors"):
             content = dict(timm.models.load_state_dict(str(path)))
         else:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # DINO's full checkpoints hold one
+            with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+                warnings.simplefilter("ignore")  # a refusal is said below; DINO's full checkpoints hold a Namespace
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         fail(f"--init {path}: refused, since it holds more than tensors and could run code; "
@@ -938,6 +947,19 @@ def barrier():
         dist.all_reduce(torch.zeros(1))  # on the CPU's group, which takes no GPU memory
 
 
+def launch(main):
+    """Run a stage's main; Ctrl-C ends it with a line instead of a traceback."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print("\ninterrupted; the same command goes on from the last finished epoch", file=sys.stderr)
+        raise SystemExit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
 def own_share(total, run, what="--batch-size"):
     """The rows of a global batch of `total` that belong to this process, (total / world,)."""
     if total % run.world:
@@ -979,7 +1001,7 @@ def make_parser(description, image_size=224):
     data.add_argument("--leakage", default="warn", choices=["warn", "drop", "error"],
                       help="identical images in two splits: say so, take them out of train, or stop")
     data.add_argument("--skip-broken", action="store_true", help="leave out files that cannot be decoded")
-    data.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that build the cache")
+    data.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1), help="processes that build the cache")
     model.add_argument("--arch", help=f"{', '.join(ARCHS)} or any timm name (default that of --init, or deit_small)")
     model.add_argument("--init", default="random", help="random, imagenet, imagenet-dino, or a checkpoint file")
     model.add_argument("--init-key", help="part of a checkpoint to take, e.g. student (default teacher or model)")
@@ -1033,49 +1055,52 @@ def device_name(device):
 
 
 RUN_FILES = ["args.json", "log.jsonl", "checkpoint.pt", "model.pt", "predictions.csv", "metrics.json"]
-NOT_COMPARED = {"output", "overwrite", "workers", "cache_dir", "device"}  # these change no result
+NOT_COMPARED = {"output", "overwrite", "workers", "cache_dir", "device", "predict"}  # these change no result
 
 
-def open_run(args, run, stage, extra_files=()):
-    """The run folder, fresh or to be resumed; ends the script if the same run is complete already. A folder that
-    holds a run with other arguments is an error naming them, unless --overwrite, which removes that run's files."""
+def open_run(args, run, stage):
+    """The run folder, fresh or to be resumed; nothing is written yet. Ends the script if the same run is complete.
+    A folder that holds a run with other arguments is an error naming them, unless --overwrite."""
     folder = Path(args.output or "-".join(["runs/" + stage, args.dataset, args.arch, init_name(args.init),
                                            f"s{args.seed}"]))
-    settings = {"stage": stage, **{k: v for k, v in vars(args).items() if k not in NOT_COMPARED}}
-    if args.data_dir:
-        settings["data_dir"] = str(Path(args.data_dir).resolve())
-    old = {}
-    if (folder / "args.json").exists() and not args.overwrite:
+    if folder.exists() and not folder.is_dir():
+        fail(f"--output {folder} is a file, not a folder")
+    args.stage, args.output = stage, str(folder)
+    args.data_dir = args.data_dir and str(Path(args.data_dir).resolve())
+    if not args.overwrite and any((folder / name).exists() for name in RUN_FILES[1:]):
         try:
-            content = json.loads((folder / "args.json").read_text())
-            old = {"stage": content["stage"], **content["arguments"]}
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            fail(f"{folder}/args.json cannot be read ({error}); give another --output, or --overwrite")
-        old = {k: v for k, v in old.items() if k not in NOT_COMPARED}
-        differ = [f"{k} {old.get(k)!r} there, {settings.get(k)!r} here"
-                  for k in sorted({*old, *settings}) if old.get(k) != settings.get(k)]
+            old = json.loads((folder / "args.json").read_text())["arguments"]
+        except (ValueError, KeyError, OSError) as error:
+            fail(f"{folder} holds a run whose args.json cannot be read ({error}); give another --output, or --overwrite")
+        here = vars(args)
+        if old.get("stage") != stage:
+            fail(f"{folder} holds another run, of {old.get('stage')}; give another --output")
+        differ = [f"{k} {old.get(k)!r} there, {here.get(k)!r} here" for k in sorted({*old, *here} - NOT_COMPARED)
+                  if old.get(k) != here.get(k)]
         if differ:
             fail(f"{folder} holds another run: {some(differ)}; give another --output, or --overwrite")
         if (folder / "metrics.json").exists():
-            say(f"{folder} is complete ({json.loads((folder / 'metrics.json').read_text()).get('summary', '')}); "
-                "--overwrite runs it again")
+            summary = json.loads((folder / "metrics.json").read_text()).get("summary", "")
+            say(f"{folder} is complete: {summary} (--overwrite runs it again)")
             barrier()
             raise SystemExit(0)
-    if folder.exists() and not folder.is_dir():
-        fail(f"--output {folder} is a file")
     barrier()  # every process has looked before one of them writes
+    return folder
+
+
+def write_args(folder, args, run, extra_files=()):
+    """Make the run folder and write args.json; with --overwrite the files of the run that was there go first."""
     if run.rank == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for name in [*RUN_FILES, *extra_files] if args.overwrite else []:
                 (folder / name).unlink(missing_ok=True)
             write_json(folder / "args.json", {
-                "stage": stage, "arguments": {**settings, "output": str(folder)}, "command": " ".join(sys.argv),
-                "versions": versions(), "device": device_name(run.device), "world_size": run.world})
+                "stage": args.stage, "arguments": vars(args), "command": " ".join(sys.argv), "versions": versions(),
+                "device": device_name(run.device), "world_size": run.world})
         except OSError as error:
             fail(f"--output {folder} cannot be written ({error})")
     barrier()
-    return folder
 
 
 def write_atomic(path, write):

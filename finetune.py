@@ -299,18 +299,16 @@ def main():
     if args.predict:
         return predict_new(args, run)
     common.own_share(args.batch_size, run)
-    folder = common.open_run(args, run, "finetune", ["curves.png", "confusion.png"])
-    args.output = str(folder)
+    folder = common.open_run(args, run, "finetune")
     dataset = common.load_dataset(args)
     if len(dataset.splits["train"]) < args.batch_size:
         fail(f"--batch-size {args.batch_size} is more than the {len(dataset.splits['train'])} training images")
     model, pretrained_on = common.build_model(args, len(dataset.classes))
     model = common.to_device(model, run)
+    common.write_args(folder, args, run, ["curves.png", "confusion.png"])
     log = fit(model, dataset, args, run, folder, pretrained_on)
     finish(model, dataset, args, run, folder, log, pretrained_on)
 
 
 if __name__ == "__main__":
-    main()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    common.launch(main)

@@ -11,7 +11,6 @@ import time
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -78,7 +77,7 @@ def main():
     """Extract features, vote, score."""
     args = arguments()
     run = common.start(args)
-    folder = common.open_run(args, run, "knn_eval", ["features.npz"])
+    folder = common.open_run(args, run, "knn_eval")
     begin = time.time()
     dataset = common.load_dataset(args)
     if args.init not in ("random", "imagenet", "imagenet-dino"):
@@ -86,6 +85,7 @@ def main():
         dataset.mean, dataset.std = meta.get("mean", dataset.mean), meta.get("std", dataset.std)
     model, pretrained_on = common.build_model(args, 0)
     model = common.to_device(model, run).eval()
+    common.write_args(folder, args, run, ["features.npz"])
     if args.compile:
         model.forward_features = torch.compile(model.forward_features)
     splits, seconds = dataset.splits, time.time()
@@ -136,6 +136,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    common.launch(main)

@@ -1,0 +1,118 @@
+"""Augmentation against torchvision and against independent slow versions."""
+import math
+
+import pytest
+import torch
+import torchvision.transforms.v2.functional as TF
+from torchvision.transforms import RandomResizedCrop
+
+import common
+
+
+def padded(sizes, channels=3, seed=0):
+    """Random images of several sizes as read_batch gives them."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = torch.randint(0, 256, (len(sizes), max(h for h, _ in sizes), max(w for _, w in sizes), channels),
+                          dtype=torch.uint8, generator=generator)
+    return batch, torch.tensor(sizes)
+
+
+def draws(count, key=0):
+    """Draws of a single process."""
+    return common.Draws(key, count, torch.arange(count), "cpu")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_crop_resize_equals_torchvision(channels):
+    images, sizes = padded([(50, 61), (40, 40), (33, 90), (64, 48)], channels)
+    boxes = common.random_boxes(draws(4), sizes, (0.1, 1.0))
+    flips = torch.tensor([[0, 0], [1, 0], [0, 1], [1, 1]]).bool()
+    ours = common.crop_resize(images, boxes, 24, flips)
+    for i, (top, left, height, width) in enumerate(boxes.int().tolist()):
+        image = images[i, :sizes[i, 0], :sizes[i, 1]].permute(2, 0, 1).float() / 255
+        crop = TF.resized_crop(image, top, left, height, width, [24, 24], antialias=True)
+        if flips[i, 0]:
+            crop = TF.vertical_flip(crop)
+        if flips[i, 1]:
+            crop = TF.horizontal_flip(crop)
+        assert (ours[i] - crop).abs().max() < 1e-5
+
+
+def test_boxes_are_those_of_random_resized_crop():
+    """Inside the image, of an area and an aspect within bounds, in distribution as torchvision's."""
+    sizes = torch.tensor([[100, 160]]).repeat(4000, 1)
+    boxes = common.random_boxes(draws(4000), sizes, (0.2, 0.8))
+    top, left, height, width = boxes.T
+    assert (boxes == boxes.round()).all() and (boxes >= 0).all()
+    assert (top + height <= 100).all() and (left + width <= 160).all()
+    area, aspect = height * width / 16000, width / height
+    assert area.min() > 0.19 and area.max() < 0.82 and aspect.min() > 0.73 and aspect.max() < 1.37
+    torch.manual_seed(0)
+    theirs = torch.tensor([RandomResizedCrop.get_params(torch.empty(3, 100, 160), [0.2, 0.8], [3 / 4, 4 / 3])
+                           for _ in range(4000)]).float()
+    assert abs(area.mean() - (theirs[:, 2] * theirs[:, 3] / 16000).mean()) < 0.01
+    assert abs(aspect.mean() - (theirs[:, 3] / theirs[:, 2]).mean()) < 0.01
+    assert abs((top / (100 - height).clamp(min=1)).mean() - 0.5) < 0.03
+    narrow = common.random_boxes(draws(5), torch.tensor([[10, 400]]).repeat(5, 1), (0.9, 1.0))
+    assert narrow[0].tolist() == [0, 193, 10, 13]  # no try fits: the central box of the widest aspect
+
+
+def test_evaluation_is_the_plain_centre_crop():
+    images, sizes = padded([(36, 50), (44, 36)])
+    view = common.crop_resize(images, common.centre_boxes(sizes, 32), 32)
+    assert (view[0] * 255 - images[0, 2:34, 9:41].permute(2, 0, 1)).abs().max() < 1e-3
+    assert (view[1] * 255 - images[1, 6:38, 2:34].permute(2, 0, 1)).abs().max() < 1e-3
+
+
+def slow_jitter(image, bright, contrast, saturation, turn):
+    """One image (3, H, W): brightness, contrast, saturation by torchvision's definitions, hue by YIQ's."""
+    image = image * bright
+    image = contrast * image + (1 - contrast) * TF.rgb_to_grayscale(image).mean()
+    image = saturation * image + (1 - saturation) * TF.rgb_to_grayscale(image)
+    y, i, q = (sum(w * c for w, c in zip(row, image)) for row in common.YIQ)
+    i, q = i * math.cos(turn) - q * math.sin(turn), i * math.sin(turn) + q * math.cos(turn)
+    inverse = torch.linalg.inv(torch.tensor(common.YIQ))
+    return torch.stack([inverse[c, 0] * y + inverse[c, 1] * i + inverse[c, 2] * q for c in range(3)]).clamp(0, 1)
+
+
+def test_color_jitter_equals_the_slow_version():
+    images = torch.rand(32, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    ours = common.color_jitter(images, draws(32), (0.4, 0.4, 0.2, 0.1))
+    same = draws(32)
+    apply = same.uniform() < 0.8
+    bright, contrast, saturation = (1 + apply * same.uniform(low=-s, high=s) for s in (0.4, 0.4, 0.2))
+    turn = apply * same.uniform(low=-0.1, high=0.1) * 2 * math.pi
+    assert 0 < apply.sum() < 32
+    for i in range(32):
+        slow = slow_jitter(images[i], bright[i], contrast[i], saturation[i], float(turn[i]))
+        assert (ours[i] - slow).abs().max() < 1e-4
+        assert apply[i] or (ours[i] - images[i]).abs().max() < 1e-5
+
+
+def test_grey_images_jitter_like_the_same_image_in_colour():
+    grey = torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    strengths = (0.4, 0.4, 0.2, 0.1)
+    colour = common.color_jitter(grey.expand(-1, 3, -1, -1), draws(16), strengths)
+    assert (common.color_jitter(grey, draws(16), strengths) - colour).abs().max() < 1e-4
+
+
+def test_draws_do_not_depend_on_the_number_of_processes():
+    whole = common.Draws((0, 3, 7), 12, torch.arange(12), "cpu")
+    parts = [common.Draws((0, 3, 7), 12, torch.arange(rank, 12, 4), "cpu") for rank in range(4)]
+    for shape in ((), (5,), (2, 3)):
+        values = whole.uniform(*shape)
+        for rank, part in enumerate(parts):
+            assert torch.equal(part.uniform(*shape), values[rank::4])
+    other = common.Draws((0, 3, 8), 12, torch.arange(12), "cpu")
+    assert not torch.equal(other.uniform(), common.Draws((0, 3, 7), 12, torch.arange(12), "cpu").uniform())
+
+
+def test_an_epoch_shows_every_image_once():
+    order = common.epoch_order(103, 10, 0, 5)
+    assert order.shape == (10, 10) and len(set(order.flatten().tolist())) == 100
+    assert (order != common.epoch_order(103, 10, 0, 6)).any()
+
+
+def test_normalize_spreads_grey():
+    view = common.normalize(torch.full((2, 1, 3, 3), 0.5), [0.5, 0.4, 0.3], [0.1, 0.1, 0.2])
+    assert view.shape == (2, 3, 3, 3) and torch.allclose(view[0, :, 0, 0], torch.tensor([0, 1, 1.0]), atol=1e-5)

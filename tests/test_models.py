@@ -1,0 +1,145 @@
+"""The model builder: every source of --init, strict loading, frozen features."""
+import argparse
+
+import pytest
+import timm
+import torch
+
+import common
+from conftest import TINY, metrics, refused, stage
+
+
+def build(tmp_path, content, arch="test_vit", name="file.pth", **changes):
+    """build_model with --init on a file with this content."""
+    torch.save(content, tmp_path / name)
+    args = argparse.Namespace(**{"arch": arch, "init": str(tmp_path / name), "init_key": None, "seed": 0,
+                                 "image_size": 32, **changes})
+    return common.build_model(args, 5)[0]
+
+
+def backbone(arch="test_vit", size=32, seed=7):
+    """A random model and its state dict."""
+    torch.manual_seed(seed)
+    model = common.create(arch, 3, size)
+    return model, model.state_dict()
+
+
+def same(model, weights):
+    """Whether all but the classifier equals the weights."""
+    return all(torch.equal(value, weights[name]) for name, value in model.state_dict().items()
+               if not name.startswith(common.HEADS))
+
+
+def test_layouts_of_checkpoints(tmp_path, capsys):
+    _, weights = backbone()
+    dino = {f"module.backbone.{k}": v for k, v in weights.items() if not k.startswith("head.")}
+    dino |= {"module.head.mlp.0.weight": torch.ones(3), "module.head.last_layer.weight_g": torch.ones(2)}
+    student = {k: torch.zeros_like(v) for k, v in dino.items()}
+    full = {"teacher": dino, "student": student, "epoch": 3, "args": argparse.Namespace(arch="vit")}
+    assert same(build(tmp_path, weights), weights)
+    assert same(build(tmp_path, {"state_dict": weights, "epoch": 1}), weights)
+    assert same(build(tmp_path, {"model": {f"_orig_mod.{k}": v for k, v in weights.items()}}), weights)
+    assert same(build(tmp_path, full), weights)
+    assert not same(build(tmp_path, full, init_key="student"), weights)
+    count = sum(not name.startswith("head.") for name in weights)
+    assert f"{count} of {count} backbone tensors loaded" in capsys.readouterr().out
+
+
+def test_safetensors(tmp_path):
+    from safetensors.torch import save_file
+    _, weights = backbone("test_resnet")
+    save_file(weights, tmp_path / "model.safetensors")
+    args = argparse.Namespace(arch="test_resnet", init=str(tmp_path / "model.safetensors"), init_key=None, seed=0,
+                              image_size=32)
+    assert same(common.build_model(args, 0)[0], weights)
+
+
+def test_torchvision_resnet_loads_and_agrees(tmp_path):
+    import torchvision
+    torch.manual_seed(0)
+    reference = torchvision.models.resnet18(num_classes=5).eval()
+    model = build(tmp_path, reference.state_dict(), arch="resnet18").eval()
+    reference.fc = torch.nn.Identity()
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert (common.features(model, images) - reference(images)).abs().max() < 1e-4
+
+
+def test_position_embeddings_are_resampled(tmp_path):
+    _, weights = backbone(size=64)
+    model = build(tmp_path, weights, image_size=32)
+    expected = timm.layers.resample_abs_pos_embed(weights["pos_embed"], (2, 2), num_prefix_tokens=1)
+    assert torch.equal(model.state_dict()["pos_embed"], expected)
+
+
+@pytest.mark.parametrize("change, word", [("missing", "missing: blocks.0.attn.qkv.weight"),
+                                          ("shape", "other shape: blocks.0.attn.qkv.weight"),
+                                          ("extra", "left over: blocks.99.attn.qkv.weight")])
+def test_loading_is_strict(tmp_path, capsys, change, word):
+    _, weights = backbone()
+    name = "blocks.0.attn.qkv.weight"
+    if change == "missing":
+        del weights[name]
+    elif change == "shape":
+        weights[name] = weights[name][:-1]
+    else:
+        weights["blocks.99.attn.qkv.weight"] = weights[name]
+    with pytest.raises(SystemExit):
+        build(tmp_path, weights)
+    assert word in capsys.readouterr().err
+
+
+def test_features_are_cls_mean_or_pooled():
+    model, _ = backbone()
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    model.eval()
+    with torch.no_grad():
+        tokens = model.forward_features(images)
+        assert torch.equal(common.features(model, images, "mean"), tokens[:, 1:].mean(1))
+        assert torch.equal(common.features(model, images, "cls"), tokens[:, 0])
+        deit = common.create("deit_tiny", 0, 32).eval()
+        assert torch.allclose(common.features(deit, images), deit(images))
+        assert torch.allclose(common.features(deit, images, "cls"), deit(images))
+        cnn = common.create("test_resnet", 0, 32).eval()
+        assert torch.allclose(common.features(cnn, images), cnn(images))
+
+
+def hub_cache(folder, repository, weights):
+    """Lay weights out as the Hugging Face hub's cache keeps a downloaded repository."""
+    from safetensors.torch import save_file
+    snapshot = folder / f"models--{repository.replace('/', '--')}" / "snapshots" / "0123456789abcdef"
+    snapshot.mkdir(parents=True)
+    save_file(weights, snapshot / "model.safetensors")
+    refs = snapshot.parent.parent / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("0123456789abcdef")
+
+
+@pytest.mark.parametrize("init, name", [("imagenet", "deit_tiny_patch16_224"),
+                                        ("imagenet-dino", "vit_small_patch16_224.dino")])
+def test_published_weights_load_from_the_hub_cache(tmp_path, init, name):
+    """The code that loads real weights, on random weights put where a download would have put them."""
+    torch.manual_seed(1)
+    source = timm.create_model(name)
+    repository = source.pretrained_cfg["hf_hub_id"]
+    hub_cache(tmp_path / "hub", repository, source.state_dict())
+    arch = {"imagenet": "deit_tiny", "imagenet-dino": "deit_small"}[init]
+    done = stage("knn_eval.py", "--arch", arch, "--init", init, "--limit", "16", "--output", "run", *TINY,
+                 cwd=tmp_path, env={"HF_HUB_CACHE": str(tmp_path / "hub")})
+    assert f"init {init}: 150 of 150 backbone tensors loaded" in done.stdout
+    assert metrics(tmp_path / "run")["pretrained_on"] == "imagenet"
+
+
+@pytest.mark.parametrize("arch, init", [("deit_small", "imagenet"), ("resnet50", "imagenet"),
+                                        ("resnet50", "imagenet-dino"), ("deit_base", "imagenet-dino")])
+def test_offline_weights_are_one_clear_error(tmp_path, arch, init):
+    env = {"HF_HUB_CACHE": str(tmp_path / "hub"), "TORCH_HOME": str(tmp_path / "torch"),
+           "https_proxy": "http://127.0.0.1:9"}  # nothing listens there
+    refused(stage("finetune.py", "--arch", arch, "--init", init, "--epochs", "1", "--output", "run", *TINY,
+                  cwd=tmp_path, check=False, env=env), f"--init {init}", "cannot be downloaded", "--init FILE")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_without_published_dino_weights(tmp_path):
+    refused(stage("finetune.py", "--arch", "resnet18", "--init", "imagenet-dino", *TINY, cwd=tmp_path, check=False),
+            "deit_small", "resnet50", "not for resnet18")

@@ -1,0 +1,208 @@
+"""finetune.py and knn_eval.py, run as a user runs them, their files read back."""
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.neighbors import KNeighborsClassifier
+
+import knn_eval
+from conftest import ROOT, TINY, metrics, picture, stage, table
+
+FOLDER = ["--dataset", "folder", "--data-dir", "data", "--leakage", "error"]
+FAST = ["--arch", "test_vit", "--epochs", "3", "--batch-size", "4", "--lr", "1e-3", "--output", "run"]
+
+
+def weights(folder):
+    """The tensors of a run's model.pt and checkpoint.pt."""
+    model = torch.load(folder / "model.pt", weights_only=True)["state_dict"]
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    return {**model, **{f"last.{k}": v for k, v in checkpoint["model"].items()}}
+
+
+def equal(a, b, tolerance=0.0):
+    """Whether two dicts of tensors have the same names and values."""
+    return a.keys() == b.keys() and all((a[k].double() - b[k].double()).abs().max() <= tolerance for k in a)
+
+
+def test_finetune_learns_and_writes_what_the_design_names(folder_data, tmp_path):
+    done = stage("finetune.py", *FOLDER, "--arch", "resnet18", "--epochs", "6", "--batch-size", "8", "--lr", "2e-3",
+                 "--output", "run", *TINY, cwd=tmp_path)
+    run = tmp_path / "run"
+    result, log = metrics(run), [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert result["test"]["accuracy"] > 0.75, done.stdout
+    assert result["counts"] == {"train": 20, "val": 4, "test": 13}
+    assert len(log) == 6 and result["val"] == log[result["best_epoch"] - 1]["val"]
+    assert {"stage", "dataset", "arch", "init", "pretrained_on", "seed", "metric", "val", "test", "counts", "epochs",
+            "parameters", "seconds", "images_per_second", "device", "amp", "world_size"} <= result.keys()
+    rows = table(run / "predictions.csv")
+    right = np.mean([row["label"] == row["predicted"] for row in rows])
+    assert len(rows) == 13 and right == pytest.approx(result["test"]["accuracy"])
+    assert sum(float(rows[0][name]) for name in ("level", "upright")) == pytest.approx(1, abs=1e-5)
+    low, high = result["test"]["interval"]
+    assert low <= result["test"]["accuracy"] <= high
+    model = torch.load(run / "model.pt", weights_only=True)
+    assert {"arch", "init", "num_classes", "image_size", "mean", "std", "classes", "state_dict"} <= model.keys()
+    for name in ("curves.png", "confusion.png"):
+        with Image.open(run / name) as image:
+            assert min(image.size) > 200
+    assert json.loads((run / "args.json").read_text())["versions"]["torch"] == torch.__version__
+    assert not list(run.glob("*.partial"))
+
+
+@pytest.mark.parametrize("arch", ["test_vit", "resnet18"])
+def test_two_processes_equal_one(folder_data, tmp_path, arch):
+    """test_vit for layer norm, resnet18 for the batch norm over both processes; 13 test images are odd."""
+    args = [*FOLDER, "--arch", arch, "--epochs", "3", "--batch-size", "8", *TINY, "--image-size", "64"]
+    stage("finetune.py", *args, "--output", "one", cwd=tmp_path)
+    stage("finetune.py", *args, "--output", "two", cwd=tmp_path, processes=2)
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert two["world_size"] == 2 and one["counts"] == two["counts"]
+    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+            for name in ("one", "two")]
+    for a, b in zip(*logs):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+        assert a["val"]["loss"] == pytest.approx(b["val"]["loss"], rel=1e-2)
+    rows = [table(tmp_path / name / "predictions.csv") for name in ("one", "two")]
+    assert [row["path"] for row in rows[0]] == [row["path"] for row in rows[1]] and len(rows[1]) == 13
+    for a, b in zip(*rows):
+        assert float(a["level"]) == pytest.approx(float(b["level"]), abs=0.02)
+
+
+def test_resumed_after_sigkill_bit_for_bit(folder_data, tmp_path):
+    args = [*FOLDER, "--arch", "test_vit", "--epochs", "8", "--batch-size", "4", "--schedule", "plateau", *TINY]
+    stage("finetune.py", *args, "--output", "whole", cwd=tmp_path)
+    process = subprocess.Popen([sys.executable, str(ROOT / "finetune.py"), *args, "--output", "killed"], cwd=tmp_path,
+                               stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    log = tmp_path / "killed" / "log.jsonl"
+    while not log.exists() or log.read_text().count("\n") < 2:
+        assert process.poll() is None, "ended before it could be killed"
+        time.sleep(0.002)
+    seen = b""
+    while b"epoch 4/8" not in seen:  # the bar of the fourth epoch: killed inside an epoch
+        seen += process.stderr.read(1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "metrics.json").exists()
+    done = stage("finetune.py", *args, "--output", "killed", cwd=tmp_path)
+    assert "resuming killed after epoch" in done.stdout
+    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+    whole, killed = metrics(tmp_path / "whole"), metrics(tmp_path / "killed")
+    assert whole["test"] == killed["test"] and whole["val"] == killed["val"]
+
+
+def test_freeze_trains_the_classifier_alone(folder_data, tmp_path):
+    stage("finetune.py", *FOLDER, *FAST[:-2], "--output", "first", *TINY, "--arch", "test_resnet", cwd=tmp_path)
+    stage("finetune.py", *FOLDER, *FAST[2:-2], "--freeze", "--init", "first/model.pt", "--output", "probe", *TINY,
+          cwd=tmp_path)
+    first, probe = (torch.load(tmp_path / name / "model.pt", weights_only=True) for name in ("first", "probe"))
+    changed = {k for k in probe["state_dict"] if not torch.equal(probe["state_dict"][k], first["state_dict"][k])}
+    assert changed == {"fc.weight", "fc.bias"}
+    assert probe["pretrained_on"] == "data" and metrics(tmp_path / "probe")["init"] == "first"
+
+
+def test_multilabel(csv_data, tmp_path):
+    args = ["--dataset", "csv", "--data-dir", "data", "--label-column", "a,b", "--split-column", "split"]
+    stage("finetune.py", *args, *FAST, *TINY, cwd=tmp_path)
+    result = metrics(tmp_path / "run")
+    assert result["metric"] == "roc_auc" and "quadratic_kappa" not in result["test"]
+    stage("knn_eval.py", *args, "--init", "run/model.pt", "--k", "1,5", "--output", "knn", *TINY, cwd=tmp_path)
+    assert set(metrics(tmp_path / "knn")["by_k"]) == {"1", "5"}
+    assert list(table(tmp_path / "knn" / "predictions.csv")[0])[3:] == ["a", "b"]
+
+
+def test_predict_gives_the_test_probabilities_again(folder_data, tmp_path):
+    stage("finetune.py", *FOLDER, *FAST, *TINY, cwd=tmp_path)
+    (tmp_path / "new").mkdir()
+    known = {}
+    for row in table(tmp_path / "run" / "predictions.csv"):
+        name = row["path"].replace("/", "_")
+        shutil.copy(tmp_path / row["path"] if not row["path"].startswith("/") else row["path"], tmp_path / "new" / name)
+        known[f"new/{name}"] = row
+    colour = np.stack([picture(np.random.default_rng(0), 0, (90, 70))] * 3, 2)
+    colour[..., 0] //= 2
+    Image.fromarray(colour).save(tmp_path / "new" / "another_size_in_colour.png")
+    stage("finetune.py", "--predict", "new", "--init", "run/model.pt", "--output", "out", *TINY[2:], cwd=tmp_path)
+    rows = table(tmp_path / "out" / "predictions.csv")
+    assert len(rows) == 14 and {row["label"] for row in rows} == {""}
+    for row in rows:
+        if row["path"] in known:
+            assert float(row["level"]) == pytest.approx(float(known[row["path"]]["level"]), abs=1e-5)
+            assert row["predicted"] == known[row["path"]]["predicted"]
+    (tmp_path / "new" / "list.csv").write_text("image\n" + rows[0]["path"].removeprefix("new/") + "\n")
+    stage("finetune.py", "--predict", "new/list.csv", "--init", "run/model.pt", "--output", "out2", *TINY[2:],
+          cwd=tmp_path, processes=2)
+    (row,) = table(tmp_path / "out2" / "predictions.csv")
+    assert row["predicted"] == rows[0]["predicted"]
+
+
+def test_a_stage_and_common_copied_alone(tmp_path):
+    for name in ("finetune.py", "common.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    stage("finetune.py", "--arch", "test_vit", "--epochs", "1", "--limit", "64", "--output", "run", *TINY,
+          cwd=tmp_path, root=tmp_path)
+    assert metrics(tmp_path / "run")["counts"] == {"train": 64, "val": 100, "test": 200}
+
+
+def test_mixed_precision_and_any_timm_model(folder_data, tmp_path):
+    args = [*FOLDER, "--epochs", "1", "--batch-size", "4", "--image-size", "32", "--device", "cpu", "--amp", "bf16"]
+    stage("finetune.py", *args, "--arch", "test_convnext", "--output", "a", cwd=tmp_path)
+    stage("knn_eval.py", *args[:4], *args[8:], "--init", "a/model.pt", "--pool", "mean", "--output", "b", cwd=tmp_path)
+    assert metrics(tmp_path / "a")["amp"] == "bf16" and metrics(tmp_path / "b")["arch"] == "test_convnext"
+
+
+def slow_vote(train, labels, query, k, temperature):
+    """The vote for one query, written out."""
+    similarity = sorted(((float(query @ t) / float(query.norm() * t.norm()), i) for i, t in enumerate(train)),
+                        reverse=True)[:k]
+    total = torch.zeros(labels.shape[1])
+    for s, i in similarity:
+        total += np.exp(s / temperature) * labels[i]
+    return total / sum(np.exp(s / temperature) for s, _ in similarity)
+
+
+def test_vote_equals_the_slow_version_and_scikit_learn():
+    generator = torch.Generator().manual_seed(0)
+    train, queries = torch.randn(300, 8, generator=generator), torch.randn(37, 8, generator=generator)
+    classes = torch.randint(0, 3, (300,), generator=generator)
+    labels = torch.nn.functional.one_hot(classes, 3).float()
+    unit = torch.nn.functional.normalize
+    for tile in (16, 100, 4096):  # the tiles must not show
+        shares = knn_eval.vote(unit(train, dim=1), labels, unit(queries, dim=1), [1, 5, 300], 0.07, tile)
+        for k in (1, 5, 300):
+            slow = torch.stack([slow_vote(train, labels, query, k, 0.07) for query in queries])
+            assert (shares[k] - slow).abs().max() < 1e-4, (tile, k)
+    theirs = KNeighborsClassifier(5, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07)).fit(train, classes)
+    assert np.abs(theirs.predict_proba(queries) - shares[5].numpy()).max() < 1e-4
+
+
+def test_knn_cuts_k_and_takes_one_test_image(folder_data, tmp_path):
+    for name in ("level", "upright"):
+        for image in sorted((folder_data / "test" / name).iterdir())[0 if name == "level" else 1:]:
+            image.unlink()
+    (folder_data / "test" / "level").rmdir()
+    done = stage("knn_eval.py", *FOLDER, "--arch", "test_vit", "--k", "1,5,200", "--output", "run", *TINY, cwd=tmp_path)
+    result = metrics(tmp_path / "run")
+    train = result["counts"]["train"]
+    assert f"there are {train} training images" in done.stdout and set(result["by_k"]) == {"1", "5", str(train)}
+    assert result["counts"]["test"] == 1 and result["test"]["undefined"] == ["level"]
+    saved = np.load(tmp_path / "run" / "features.npz")
+    assert saved["test_features"].shape[0] == 1 and len(saved["train_paths"]) == train
+    assert np.isfinite(saved["train_features"]).all()
+
+
+def test_knn_with_two_processes_equals_one(folder_data, tmp_path):
+    args = [*FOLDER, "--arch", "test_vit", *TINY]
+    for name, processes in (("one", 1), ("two", 2)):
+        stage("knn_eval.py", *args, "--output", name, cwd=tmp_path, processes=processes)
+    one, two = (np.load(tmp_path / name / "features.npz") for name in ("one", "two"))
+    for part in ("train", "val", "test"):
+        assert (one[f"{part}_paths"] == two[f"{part}_paths"]).all()
+        assert np.abs(one[f"{part}_features"] - two[f"{part}_features"]).max() < 1e-4
+    assert metrics(tmp_path / "one")["test"] == metrics(tmp_path / "two")["test"]
