@@ -726,6 +726,7 @@ def create(arch, num_classes, image_size, **options):
     try:
         model = timm.create_model(name, num_classes=num_classes, img_size=image_size, **options)
     except TypeError:  # a CNN takes any size
+        options.pop("dynamic_img_size", None)
         return timm.create_model(name, num_classes=num_classes, **options)
     except (AssertionError, ValueError, RuntimeError) as error:
         fail(f"--arch {arch} cannot be built for --image-size {image_size}: {error}")
@@ -852,6 +853,20 @@ def features(model, images, pool="auto"):
     if pool == "cls" and not prefix:
         fail(f"--pool cls: {type(model).__name__} has no CLS token")
     return (tokens[:, 0] if pool == "cls" else tokens[:, prefix:].mean(1)).float()
+
+
+@torch.inference_mode()
+def extract(model, dataset, split, args, run, pool="auto", batch_size=128):
+    """Frozen features (N, D) float32 of a split, in its order, on the CPU of every process."""
+    mine = np.arange(run.rank, len(split), run.world)
+    batches = [split.rows[mine[i:i + batch_size]] for i in range(0, len(mine), batch_size)]
+    parts = [torch.zeros(0, model.num_features)]
+    for images, sizes in tqdm(load_batches(dataset.store, batches, run.device), "features", len(batches),
+                              leave=False, disable=run.rank > 0):
+        with run.autocast():
+            view = eval_view(images, sizes, args, dataset.mean, dataset.std)
+            parts.append(features(model, view, pool).cpu())
+    return gather_rows(torch.cat(parts), len(split), run)
 
 
 class SyncBatchNorm(torch.nn.BatchNorm2d):

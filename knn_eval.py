@@ -12,7 +12,6 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import common
 from common import fail, say
@@ -33,20 +32,6 @@ def arguments():
     if args.temperature <= 0:
         fail(f"--temperature {args.temperature}: must be more than 0")
     return args
-
-
-@torch.inference_mode()
-def extract(model, dataset, split, args, run):
-    """Features (N, D) float32 of a split, in its order, on every process's CPU."""
-    mine = np.arange(run.rank, len(split), run.world)
-    batches = [split.rows[mine[i:i + args.batch_size]] for i in range(0, len(mine), args.batch_size)]
-    parts = [torch.zeros(0, model.num_features)]
-    for images, sizes in tqdm(common.load_batches(dataset.store, batches, run.device), "features", len(batches),
-                              leave=False, disable=run.rank > 0):
-        with run.autocast():
-            view = common.eval_view(images, sizes, args, dataset.mean, dataset.std)
-            parts.append(common.features(model, view, args.pool).cpu())
-    return common.gather_rows(torch.cat(parts), len(split), run)
 
 
 @torch.inference_mode()
@@ -89,7 +74,7 @@ def main():
     if args.compile:
         model.forward_features = torch.compile(model.forward_features)
     splits, seconds = dataset.splits, time.time()
-    feats = {name: extract(model, dataset, split, args, run) for name, split in splits.items()}
+    feats = {name: common.extract(model, dataset, split, args, run, args.pool, args.batch_size) for name, split in splits.items()}
     speed = sum(dataset.counts.values()) / (time.time() - seconds)
     if run.rank > 0:
         return

@@ -26,7 +26,6 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
 import finetune  # noqa: E402
-import knn_eval  # noqa: E402
 
 MEAN, STD = [0.5, 0.5, 0.5], [0.25, 0.25, 0.25]
 
@@ -112,7 +111,7 @@ def bench_features(arch, paths, folder, run):
 
     def ours():
         begin = time.time()
-        knn_eval.extract(model, dataset, dataset.splits["train"], args, run)
+        common.extract(model, dataset, dataset.splits["train"], args, run)
         return len(paths) / (time.time() - begin)
 
     def reference():
