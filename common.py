@@ -97,6 +97,12 @@ class Dataset:
         """Images per split."""
         return {name: len(split) for name, split in self.splits.items()}
 
+    @property
+    def split_id(self):
+        """A fingerprint of what is validated and tested on: runs with another one cannot be compared."""
+        hashes = [np.sort(self.store.hashes[self.splits[name].rows]).tobytes() for name in ("val", "test")]
+        return hashlib.blake2b(b"|".join(hashes), digest_size=6).hexdigest()
+
 
 def data_folder(args):
     """--data-dir as a Path that exists, or an error."""
@@ -869,15 +875,19 @@ def extract(model, dataset, split, args, run, pool="auto", batch_size=128):
     return gather_rows(torch.cat(parts), len(split), run)
 
 
-class SyncBatchNorm(torch.nn.BatchNorm2d):
-    """Batch norm over the global batch, for processes on CPUs, where PyTorch has none."""
+class SyncBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
+    """Batch norm over the global batch, for processes on CPUs, where PyTorch has none. x (B, C, ...), with the same B
+    on every process."""
+
+    def _check_input_dim(self, x):
+        pass
 
     def forward(self, x):
-        """x (B, C, H, W), equal B on every process."""
+        """x normalised by the statistics of all processes' batches."""
         if not self.training:
             return super().forward(x)
-        x32 = x.float()
-        moments = torch.stack([x32.mean((0, 2, 3)), (x32 * x32).mean((0, 2, 3))])
+        x32, axes = x.float(), [axis for axis in range(x.ndim) if axis != 1]
+        moments = torch.stack([x32.mean(axes), (x32 * x32).mean(axes)])
         mean, square = torch.distributed.nn.functional.all_reduce(moments) / dist.get_world_size()
         variance, count = square - mean * mean, x.numel() / x.shape[1] * dist.get_world_size()
         with torch.no_grad():
@@ -885,7 +895,8 @@ class SyncBatchNorm(torch.nn.BatchNorm2d):
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
             self.num_batches_tracked += 1
         scale = self.weight * torch.rsqrt(variance + self.eps)
-        return (x32 * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]).to(x.dtype)
+        shape = (1, -1, *[1] * (x.ndim - 2))
+        return (x32 * scale.view(shape) + (self.bias - mean * scale).view(shape)).to(x.dtype)
 
 
 def sync_batch_norm(model, run):
@@ -895,13 +906,10 @@ def sync_batch_norm(model, run):
     if run.device.type == "cuda":
         return timm.layers.convert_sync_batchnorm(model)
     for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            # timm's BatchNormAct2d adds an activation after the norm; keep its own forward around ours
-            base = type(module)
-            if base is torch.nn.BatchNorm2d:
-                module.__class__ = SyncBatchNorm
-            else:
-                fail(f"{base.__name__} has no version for several CPU processes; use one process or GPUs")
+        if type(module) in (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d):
+            module.__class__ = SyncBatchNorm  # same parameters and buffers, another forward
+        elif isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            fail(f"{type(module).__name__} has no version for several CPU processes; use one process, or GPUs")
     return model
 
 
@@ -1038,22 +1046,25 @@ def parse(parser):
             fail(f"--{name.replace('_', '-')} {value}: must be at least 1")
         if name in ("lr", "weight_decay", "warmup_steps", "workers", "clip_grad") and value is not None and value < 0:
             fail(f"--{name.replace('_', '-')} {value}: must not be negative")
-    is_file = args.init not in ("random", "imagenet", "imagenet-dino")
-    if is_file:
-        weights, meta = read_checkpoint(args.init, args.init_key)
+    meta = {}
+    if args.init not in ("random", "imagenet", "imagenet-dino"):
+        _, meta = read_checkpoint(args.init, args.init_key)
         if meta and args.arch and ARCHS.get(args.arch, args.arch) != ARCHS.get(meta["arch"], meta["arch"]):
             fail(f"--init {args.init} holds a {meta['arch']}, not the {args.arch} of --arch")
         args.arch = args.arch or meta.get("arch")
-    args.arch = args.arch or "deit_small"
+    args.arch, args.init_label = args.arch or "deit_small", init_label(args.init, meta)
     args.resize = args.resize or round(args.image_size * 8 / 7)
     return args
 
 
-def init_name(init):
-    """A short name of --init for folders and tables: the run's folder for a model.pt."""
+def init_label(init, meta):
+    """A short name of --init for folders and tables: "dino" for a model.pt of pretrain_dino.py ("imagenet+dino" if it
+    started there), "finetuned" for one of finetune.py, the file's name for a checkpoint of somebody else's."""
     if init in ("random", "imagenet", "imagenet-dino"):
         return init
-    return Path(init).resolve().parent.name if Path(init).name == "model.pt" else Path(init).stem
+    start = "" if meta.get("init") in (None, "random") else meta["init"] + "+"
+    return start + {"pretrain_dino": "dino", "finetune": "finetuned"}[meta["stage"]] if "stage" in meta \
+        else Path(init).stem
 
 
 def versions():
@@ -1076,7 +1087,7 @@ NOT_COMPARED = {"output", "overwrite", "workers", "cache_dir", "device", "predic
 def open_run(args, run, stage):
     """The run folder, fresh or to be resumed; nothing is written yet. Ends the script if the same run is complete.
     A folder that holds a run with other arguments is an error naming them, unless --overwrite."""
-    folder = Path(args.output or "-".join(["runs/" + stage, args.dataset, args.arch, init_name(args.init),
+    folder = Path(args.output or "-".join(["runs/" + stage, args.dataset, args.arch, args.init_label,
                                            f"s{args.seed}"]))
     if folder.exists() and not folder.is_dir():
         fail(f"--output {folder} is a file, not a folder")
@@ -1123,6 +1134,17 @@ def write_atomic(path, write):
     partial = Path(f"{path}.partial")
     write(partial)
     os.replace(partial, path)
+
+
+def load_checkpoint(folder, run):
+    """What a run's checkpoint.pt holds, on the device, or None if it has not come that far."""
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, map_location=run.device, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        fail(f"{path} cannot be read ({str(error).splitlines()[0][:120]}); --overwrite starts the run again")
 
 
 def write_json(path, content):

@@ -161,7 +161,7 @@ def validation_score(dataset, labels, logits):
 
 def save_model(path, model, dataset, args, pretrained_on):
     """model.pt: the weights in timm's names, and all that a later stage needs to use them."""
-    content = {"arch": args.arch, "init": args.init, "num_classes": len(dataset.classes), "dataset": dataset.name,
+    content = {"stage": "finetune", "arch": args.arch, "init": args.init_label, "num_classes": len(dataset.classes), "dataset": dataset.name,
                "image_size": args.image_size, "resize": args.resize, "mean": dataset.mean, "std": dataset.std,
                "classes": dataset.classes, "task": dataset.task, "pretrained_on": pretrained_on,
                "state_dict": {k: v.cpu().contiguous() for k, v in model.state_dict().items()}}
@@ -176,8 +176,8 @@ def fit(model, dataset, args, run, folder, pretrained_on):
                                  weight_decay=args.weight_decay, fused=run.device.type in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp == "fp16")
     log = []
-    if (folder / "checkpoint.pt").exists():
-        checkpoint = torch.load(folder / "checkpoint.pt", map_location=run.device, weights_only=True)
+    checkpoint = common.load_checkpoint(folder, run)
+    if checkpoint:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
@@ -241,9 +241,9 @@ def finish(model, dataset, args, run, folder, log, pretrained_on):
     draw_training(folder, dataset, log, split.labels, scores)
     headline = f"{dataset.metric} {common.show(test[dataset.metric])}"
     common.write_json(folder / "metrics.json", {
-        "stage": "finetune", "dataset": dataset.name, "arch": args.arch, "init": common.init_name(args.init),
+        "stage": "finetune", "dataset": dataset.name, "arch": args.arch, "init": args.init_label,
         "pretrained_on": pretrained_on, "seed": args.seed, "freeze": args.freeze, "metric": dataset.metric,
-        "val": best["val"], "test": test, "best_epoch": best["epoch"], "counts": dataset.counts,
+        "val": best["val"], "test": test, "best_epoch": best["epoch"], "counts": dataset.counts, "split": dataset.split_id,
         "leakage": dataset.leakage, "image_size": args.image_size, "epochs": args.epochs,
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": sum(entry["seconds"] for entry in log),

@@ -105,10 +105,10 @@ def main():
                              scores["test"][best])
     headline = f"{dataset.metric} {common.show(test[dataset.metric])}"
     common.write_json(folder / "metrics.json", {
-        "stage": "knn_eval", "dataset": dataset.name, "arch": args.arch, "init": common.init_name(args.init),
+        "stage": "knn_eval", "dataset": dataset.name, "arch": args.arch, "init": args.init_label,
         "pretrained_on": pretrained_on, "seed": args.seed, "metric": dataset.metric, "k": best,
         "by_k": {k: {"val": value("val", k), "test": value("test", k)} for k in ks}, "val": val, "test": test,
-        "counts": dataset.counts, "leakage": dataset.leakage, "image_size": args.image_size, "pool": args.pool,
+        "counts": dataset.counts, "split": dataset.split_id, "leakage": dataset.leakage, "image_size": args.image_size, "pool": args.pool,
         "epochs": 0, "parameters": sum(p.numel() for p in model.parameters()), "seconds": time.time() - begin,
         "images_per_second": speed, "device": common.device_name(run.device), "amp": run.amp,
         "world_size": run.world, "summary": f"test {headline} at k = {best}"})

@@ -258,8 +258,8 @@ def train_epoch(state, dataset, args, run, epoch, plan):
     for i in bar:
         step = epoch * len(order) + i
         for group in state.optimizer.param_groups:
-            group["lr"] = lr[step]
-        state.optimizer.param_groups[0]["weight_decay"] = decay[step]
+            group["lr"] = float(lr[step])
+        state.optimizer.param_groups[0]["weight_decay"] = float(decay[step])
         state.optimizer.zero_grad(set_to_none=True)
         centers = []
         for j in range(args.accumulate):
@@ -339,7 +339,7 @@ def verdict(entry, args):
 def save_model(path, state, dataset, args, pretrained_on):
     """model.pt: the teacher's backbone in timm's names, and what a later stage needs to use it."""
     weights = {k: v.cpu().contiguous() for k, v in state.teacher.backbone.state_dict().items()}
-    content = {"arch": args.arch, "init": args.init, "num_classes": 0, "image_size": args.image_size,
+    content = {"stage": "pretrain_dino", "arch": args.arch, "init": args.init_label, "num_classes": 0, "image_size": args.image_size,
                "resize": args.resize, "mean": dataset.mean, "std": dataset.std, "classes": [], "task": dataset.task,
                "dataset": dataset.name, "pretrained_on": pretrained_on, "state_dict": weights}
     common.write_atomic(path, lambda part: torch.save(content, part))
@@ -399,9 +399,8 @@ def main():
     state = SimpleNamespace(student=student, teacher=teacher, optimizer=optimizer, wrapped=student,
                             scaler=torch.amp.GradScaler(run.device.type, enabled=run.amp == "fp16"),
                             center=torch.zeros(settings.out_dim, device=run.device))
-    log = []
-    if (folder / "checkpoint.pt").exists():
-        checkpoint = torch.load(folder / "checkpoint.pt", map_location=run.device, weights_only=True)
+    log, checkpoint = [], common.load_checkpoint(folder, run)
+    if checkpoint:
         for name in ("student", "teacher", "optimizer", "scaler"):
             getattr(state, name).load_state_dict(checkpoint[name])
         state.center, log = checkpoint["center"], checkpoint["log"]
@@ -441,11 +440,11 @@ def main():
     if run.rank > 0:
         return
     common.write_json(folder / "metrics.json", {
-        "stage": "pretrain_dino", "dataset": dataset.name, "arch": args.arch, "init": common.init_name(args.init),
+        "stage": "pretrain_dino", "dataset": dataset.name, "arch": args.arch, "init": args.init_label,
         "pretrained_on": pretrained_on, "seed": args.seed, "recipe": settings.recipe, "metric": "knn",
         "val": {"knn": log[-1].get("knn"), "knn_before": start.get("knn"), "loss": log[-1]["loss"],
                 "entropy": log[-1]["entropy"], "feature_std": log[-1]["feature_std"]}, "test": {},
-        "collapse": log[-1]["collapse"], "counts": dataset.counts, "image_size": args.image_size,
+        "collapse": log[-1]["collapse"], "counts": dataset.counts, "split": dataset.split_id, "image_size": args.image_size,
         "epochs": args.epochs, "parameters": sum(p.numel() for p in student.backbone.parameters()),
         "seconds": sum(e["seconds"] for e in log), "device": common.device_name(run.device), "amp": run.amp,
         "images_per_second": float(np.median([e["images_per_second"] for e in log])), "world_size": run.world,

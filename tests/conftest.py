@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,18 @@ def stage(script, *args, cwd, processes=1, env=None, root=ROOT, check=True, limi
     if check:
         assert done.returncode == 0, f"{script} {args}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def killed(script, *args, cwd, log, lines, text):
+    """Start a stage and SIGKILL it once its log.jsonl has `lines` lines and `text` then shows on stderr."""
+    process = subprocess.Popen([sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd, stderr=subprocess.PIPE,
+                               stdout=subprocess.DEVNULL)
+    seen = b""
+    while text.encode() not in seen or not log.exists() or log.read_text().count("\n") < lines:
+        seen += process.stderr.read(1)
+        assert process.poll() is None, "it ended before it could be killed"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
 
 
 def refused(done, *words):

@@ -1,10 +1,6 @@
 """finetune.py and knn_eval.py, run as a user runs them, their files read back."""
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -13,7 +9,7 @@ from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
 import knn_eval
-from conftest import ROOT, TINY, metrics, picture, stage, table
+from conftest import ROOT, TINY, killed, metrics, picture, refused, stage, table
 
 FOLDER = ["--dataset", "folder", "--data-dir", "data", "--leakage", "error"]
 FAST = ["--arch", "test_vit", "--epochs", "3", "--batch-size", "4", "--lr", "1e-3", "--output", "run"]
@@ -78,23 +74,17 @@ def test_two_processes_equal_one(folder_data, tmp_path, arch):
 def test_resumed_after_sigkill_bit_for_bit(folder_data, tmp_path):
     args = [*FOLDER, "--arch", "test_vit", "--epochs", "8", "--batch-size", "4", "--schedule", "plateau", *TINY]
     stage("finetune.py", *args, "--output", "whole", cwd=tmp_path)
-    process = subprocess.Popen([sys.executable, str(ROOT / "finetune.py"), *args, "--output", "killed"], cwd=tmp_path,
-                               stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-    log = tmp_path / "killed" / "log.jsonl"
-    while not log.exists() or log.read_text().count("\n") < 2:
-        assert process.poll() is None, "ended before it could be killed"
-        time.sleep(0.002)
-    seen = b""
-    while b"epoch 4/8" not in seen:  # the bar of the fourth epoch: killed inside an epoch
-        seen += process.stderr.read(1)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    killed("finetune.py", *args, "--output", "killed", cwd=tmp_path, log=tmp_path / "killed" / "log.jsonl", lines=3,
+           text="epoch 4/8")  # the bar of the fourth epoch: inside an epoch
     assert not (tmp_path / "killed" / "metrics.json").exists()
     done = stage("finetune.py", *args, "--output", "killed", cwd=tmp_path)
     assert "resuming killed after epoch" in done.stdout
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
-    whole, killed = metrics(tmp_path / "whole"), metrics(tmp_path / "killed")
-    assert whole["test"] == killed["test"] and whole["val"] == killed["val"]
+    whole, resumed = metrics(tmp_path / "whole"), metrics(tmp_path / "killed")
+    assert whole["test"] == resumed["test"] and whole["val"] == resumed["val"]
+    (tmp_path / "killed" / "metrics.json").unlink()
+    (tmp_path / "killed" / "checkpoint.pt").write_bytes(b"damaged")
+    refused(stage("finetune.py", *args, "--output", "killed", cwd=tmp_path, check=False), "checkpoint.pt", "--overwrite")
 
 
 def test_freeze_trains_the_classifier_alone(folder_data, tmp_path):
@@ -104,7 +94,7 @@ def test_freeze_trains_the_classifier_alone(folder_data, tmp_path):
     first, probe = (torch.load(tmp_path / name / "model.pt", weights_only=True) for name in ("first", "probe"))
     changed = {k for k in probe["state_dict"] if not torch.equal(probe["state_dict"][k], first["state_dict"][k])}
     assert changed == {"fc.weight", "fc.bias"}
-    assert probe["pretrained_on"] == "data" and metrics(tmp_path / "probe")["init"] == "first"
+    assert probe["pretrained_on"] == "data" and metrics(tmp_path / "probe")["init"] == "finetuned"
 
 
 def test_multilabel(csv_data, tmp_path):
