@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +17,61 @@ sys.path.insert(0, str(ROOT))
 TINY = ["--image-size", "32", "--device", "cpu", "--amp", "off", "--workers", "2"]
 
 
-def stage(script, *args, cwd, processes=1, env=None, root=ROOT, check=True, limit=None):
-    """Run a script as a command in cwd; returns the finished process with its text output."""
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    done = subprocess.run([*command, str(root / script), *map(str, args)], cwd=cwd, capture_output=True, text=True,
-                          env={**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})}, preexec_fn=limit)
+# Importing torch takes longer than most of these runs. So one process imports the packages (not the project), and each
+# command is a fork of it that runs the script as __main__ with its own arguments, folder, stdout and stderr.
+FORKS = """
+import json, os, runpy, sys, traceback
+import numpy, PIL.Image, timm, torch, torchvision, tqdm
+for line in sys.stdin:
+    job = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        for target, name in ((0, os.devnull), (1, job["out"]), (2, job["err"])):
+            os.dup2(os.open(name, os.O_RDONLY if target == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC), target)
+        os.chdir(job["cwd"])
+        sys.argv, sys.path[0], code = job["argv"], os.path.dirname(job["argv"][0]), 0
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as stopped:
+            code = stopped.code or 0
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+server = None
+
+
+def forked(command, cwd):
+    """Run [script, arguments...] as a fork of the process that has the packages imported."""
+    global server
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    if server is None:
+        server = subprocess.Popen([sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                  text=True, env=environment)
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        job = {"argv": command, "cwd": str(cwd), "out": str(out), "err": str(err)}
+        server.stdin.write(json.dumps(job) + "\n")
+        server.stdin.flush()
+        code = int(server.stdout.readline())
+        return subprocess.CompletedProcess(command, code, out.read_text(), err.read_text())
+
+
+def stage(script, *args, cwd, processes=1, env=None, fresh=False, root=ROOT, check=True, limit=None):
+    """Run a script as a command in cwd (with torchrun where processes > 1; with `fresh` in a new interpreter);
+    returns the finished process with its text output."""
+    command = [str(root / script), *map(str, args)]
+    if processes == 1 and not env and not limit and not fresh:
+        done = forked(command, cwd)
+    else:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        done = subprocess.run([sys.executable, *(launcher if processes > 1 else []), *command], cwd=cwd, text=True,
+                              env={**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})}, capture_output=True,
+                              preexec_fn=limit)
     if check:
         assert done.returncode == 0, f"{script} {args}\n{done.stdout}\n{done.stderr}"
     return done

@@ -136,7 +136,7 @@ def test_a_stage_and_common_copied_alone(tmp_path):
     for name in ("finetune.py", "common.py"):
         shutil.copy(ROOT / name, tmp_path / name)
     stage("finetune.py", "--arch", "test_vit", "--epochs", "1", "--limit", "64", "--output", "run", *TINY,
-          cwd=tmp_path, root=tmp_path)
+          cwd=tmp_path, root=tmp_path, fresh=True)
     assert metrics(tmp_path / "run")["counts"] == {"train": 64, "val": 100, "test": 200}
 
 

@@ -1,0 +1,219 @@
+"""pretrain_dino.py: its equations against slow versions, its schedules by value, its runs as a user starts them."""
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision.transforms.v2.functional as TF
+from PIL import Image
+
+import common
+import pretrain_dino as dino
+from conftest import TINY, killed, metrics, refused, stage
+
+FOLDER = ["--dataset", "folder", "--data-dir", "data"]
+FAST = ["--epochs", "3", "--batch-size", "4", "--out-dim", "64", "--local-crops", "2", "--local-size", "16"]
+
+
+def slow_loss(student, teacher, views, temp):
+    """Caron et al. 2021, eq. 3 and algorithm 1, pair by pair."""
+    students, teachers = student.chunk(views), teacher.chunk(2)
+    terms = [-(teachers[t] * torch.log_softmax(students[v] / temp, -1)).sum(-1).mean()
+             for t in range(2) for v in range(views) if v != t]
+    return sum(terms) / len(terms)
+
+
+@pytest.mark.parametrize("views", [2, 5, 8])
+def test_loss_and_gradient_equal_the_pairwise_version(views):
+    generator = torch.Generator().manual_seed(views)
+    student = torch.randn(views * 6, 40, generator=generator, requires_grad=True)
+    teacher = (torch.randn(12, 40, generator=generator) / 0.2).softmax(-1)
+    ours = dino.dino_loss(student, teacher, views, 0.1)
+    slow = slow_loss(student, teacher, views, 0.1)
+    assert abs(ours - slow) < 1e-5 * slow.abs().clamp(min=1)
+    gradients = [torch.autograd.grad(loss, student, retain_graph=True)[0] for loss in (ours, slow)]
+    assert (gradients[0] - gradients[1]).abs().max() < 1e-5
+
+
+def test_schedules_by_value():
+    args = SimpleNamespace(epochs=100, lr=5e-4, batch_size=512, min_lr=1e-6, warmup_epochs=10, weight_decay=0.04,
+                           weight_decay_end=0.4, momentum_teacher=0.99, warmup_teacher_temp=0.04, teacher_temp=0.07,
+                           warmup_teacher_epochs=30)
+    lr, decay, momentum, temp = dino.schedules(args, 7)
+    assert len(lr) == len(decay) == len(momentum) == 700 and len(temp) == 100
+    assert lr[0] == 0 and lr[35] == pytest.approx(5e-4) and lr[70] == pytest.approx(1e-3)  # 5e-4 * 512 / 256
+    assert lr[385] == pytest.approx((1e-3 + 1e-6) / 2) and lr[-1] == pytest.approx(1e-6, rel=0.1)
+    assert decay[0] == pytest.approx(0.04) and decay[350] == pytest.approx(0.22)
+    assert decay[-1] == pytest.approx(0.4, abs=1e-4)
+    assert momentum[0] == pytest.approx(0.99) and momentum[350] == pytest.approx(0.995) and momentum[-1] < 1
+    assert momentum[175] == pytest.approx(1 - 0.01 * (1 + math.cos(math.pi / 4)) / 2)
+    assert temp[0] == 0.04 and temp[29] == pytest.approx(0.07) and temp[99] == 0.07
+    assert temp[15] == pytest.approx(0.04 + 0.03 * 15 / 29)
+
+
+def test_sinkhorn_gives_rows_of_one_and_equal_columns():
+    logits = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    q = dino.sinkhorn(logits, 0.5, SimpleNamespace(world=1), iterations=50)
+    assert torch.allclose(q.sum(1), torch.ones(64), atol=1e-5)
+    assert torch.allclose(q.mean(0), torch.full((8,), 1 / 8), atol=1e-3)
+
+
+def test_head_is_normalised():
+    torch.manual_seed(0)
+    head = dino.Head(12, 30)
+    logits = head(torch.randn(50, 12))
+    assert logits.shape == (50, 30) and logits.abs().max() <= 1
+    with torch.no_grad():
+        head.last *= 7  # the norm of its rows must not matter
+    torch.manual_seed(0)
+    again = dino.Head(12, 30)
+    images = torch.randn(5, 12)
+    assert torch.allclose(head(images), again(images), atol=1e-6)
+
+
+def test_colours_equal_torchvision():
+    images = torch.rand(6, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    always = common.Draws(0, 6, torch.arange(6), "cpu")
+    assert torch.allclose(dino.grey(images, always, 1.0), TF.rgb_to_grayscale(images, 3), atol=1e-3)
+    assert torch.allclose(dino.solarize(images, always, 1.0), TF.solarize(images, 0.5))
+    assert torch.equal(dino.solarize(images, always, 0.0), images)
+    draws, same = (common.Draws(1, 6, torch.arange(6), "cpu") for _ in range(2))
+    blurred = dino.blur(images, draws, 1.0)
+    same.uniform()
+    for image, ours, sigma in zip(images, blurred, same.uniform(low=0.1, high=2.0).tolist()):
+        theirs = TF.gaussian_blur(image, 25, sigma)
+        assert (theirs - ours)[:, 12:-12, 12:-12].abs().max() < 1e-4
+    assert torch.allclose(dino.blur(images, draws, 0.0), images, atol=1e-6)
+
+
+def tiny_state(out_dim=16, **changes):
+    """A student, a teacher and settings for train_epoch on eight demo images."""
+    args = SimpleNamespace(**{"arch": "test_vit", "init": "random", "init_key": None, "seed": 0, "image_size": 32,
+                              "local_size": 16, "local_crops": 2, "out_dim": out_dim, "head_norm": "none",
+                              "drop_path": 0.0, "batch_size": 8, "accumulate": 1, "epochs": 1, "student_temp": 0.1,
+                              "global_scale": [0.4, 1], "local_scale": [0.1, 0.4], "jitter": [0.4, 0.4, 0.2, 0.1],
+                              "centering": "mean", "center_momentum": 0.9, "freeze_last_layer": 0, "clip_grad": 3.0,
+                              "output": "", **changes})
+    run = common.Run(0, 1, torch.device("cpu"), "off")
+    student, teacher, _ = dino.build(args, run)
+    pixels = np.concatenate([demo.ravel() for demo, _ in map(common.demo_image, range(8))])
+    store = common.Store(None, pixels, np.arange(8) * 128 * 128 * 3, np.array([[128, 128, 3]] * 8), None, None, {})
+    dataset = common.Dataset("demo", "classes", ["a"], {"train": common.Split([""] * 8, rows=np.arange(8))},
+                             mean=[0.5] * 3, std=[0.2] * 3, store=store)
+    state = SimpleNamespace(student=student, teacher=teacher, wrapped=student, center=torch.zeros(out_dim),
+                            optimizer=torch.optim.AdamW(dino.parameter_groups(student)),
+                            scaler=torch.amp.GradScaler("cpu", enabled=False))
+    return state, dataset, args, run
+
+
+def test_teacher_and_center_are_moving_averages():
+    state, dataset, args, run = tiny_state()
+    before = [p.detach().clone() for p in state.teacher.parameters()]
+    outputs = []
+    state.teacher.head.register_forward_hook(lambda module, inputs, output: outputs.append(output.detach()))
+    plan = [np.array([1e-3]), np.array([0.04]), np.array([0.9]), np.array([0.05])]
+    dino.train_epoch(state, dataset, args, run, 0, plan)
+    for old, teacher, student in zip(before, state.teacher.parameters(), state.student.parameters()):
+        assert torch.allclose(teacher, 0.9 * old + 0.1 * student, atol=1e-6)
+    assert any(not torch.equal(old, p) for old, p in zip(before, state.student.parameters()))
+    assert torch.allclose(state.center, 0.1 * outputs[0].mean(0), atol=1e-6)
+
+
+def test_accumulation_changes_nothing_but_memory():
+    """One step over 8 images in one part and in four: without batch norm the same gradient, if the crops are."""
+    plan = [np.array([1e-3]), np.array([0.0]), np.array([0.9]), np.array([0.05])]
+    results = []
+    for accumulate in (1, 1, 4):
+        state, dataset, args, run = tiny_state(accumulate=accumulate)
+        entry = dino.train_epoch(state, dataset, args, run, 0, plan)
+        results.append((entry["loss"], torch.cat([p.detach().flatten() for p in state.student.parameters()])))
+    assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])
+    assert results[2][0] == pytest.approx(results[0][0], rel=0.02)  # other crops of the same images
+    assert (results[2][1] - results[0][1]).abs().max() < 5e-3
+
+
+def test_last_layer_is_frozen_at_first():
+    state, dataset, args, run = tiny_state(freeze_last_layer=1)
+    before = state.student.head.last.detach().clone()
+    dino.train_epoch(state, dataset, args, run, 0, [np.array([1e-3])] * 3 + [np.array([0.05])])
+    assert torch.equal(state.student.head.last, before)
+
+
+@pytest.mark.parametrize("arch", ["test_vit", "test_resnet"])
+def test_run_and_what_follows_from_it(folder_data, tmp_path, arch):
+    done = stage("pretrain_dino.py", *FOLDER, *FAST, "--arch", arch, "--export", "dino.safetensors", "--probe-every",
+                 "1", "--output", "run", *TINY, cwd=tmp_path)
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert len(log) == 3 and all(np.isfinite(entry["loss"]) and 0 <= entry["knn"] <= 1 for entry in log)
+    assert all(word in done.stdout for word in ("entropy", "of ln 64", "KL to uniform", "feature std", "k-NN"))
+    for name in ("crops.png", "curves.png"):
+        with Image.open(tmp_path / "run" / name) as image:
+            assert min(image.size) > 200
+    model = timm.create_model(arch, num_classes=0, **({"img_size": 32} if arch == "test_vit" else {}))
+    model.load_state_dict(timm.models.load_state_dict(str(tmp_path / "dino.safetensors")))
+    trained = torch.load(tmp_path / "run" / "model.pt", weights_only=True)
+    assert all(torch.equal(value, trained["state_dict"][name]) for name, value in model.state_dict().items())
+    done = stage("finetune.py", *FOLDER, "--init", "run/model.pt", "--epochs", "1", "--batch-size", "4", "--output",
+                 "tuned", *TINY, cwd=tmp_path)
+    count = len(trained["state_dict"])
+    assert f"{count} of {count} backbone tensors loaded" in done.stdout
+    assert metrics(tmp_path / "tuned")["pretrained_on"] == "data" and metrics(tmp_path / "tuned")["init"] == "dino"
+    assert "is complete" in stage("pretrain_dino.py", *FOLDER, *FAST, "--arch", arch, "--export", "dino.safetensors",
+                                  "--probe-every", "1", "--output", "run", *TINY, cwd=tmp_path).stdout
+
+
+def test_collapse_is_named_and_a_healthy_run_is_not_accused(tmp_path):
+    args = ["--arch", "test_resnet", "--limit", "256", "--epochs", "2", "--batch-size", "32", "--out-dim", "256",
+            "--local-crops", "2", "--probe-every", "0", *TINY]
+    flat = stage("pretrain_dino.py", *args, "--recipe", "paper", "--teacher-temp", "50", "--warmup-teacher-temp", "50",
+                 "--output", "flat", cwd=tmp_path)
+    assert "WARNING: collapsed: every output is nearly uniform" in flat.stdout and "ln 256 = 5.55" in flat.stdout
+    constant = ["--recipe", "paper", "--center-momentum", "1", "--teacher-temp", "0.01", "--warmup-teacher-temp",
+                "0.01", "--lr", "1e-2", "--warmup-epochs", "0", "--momentum-teacher", "0.5", "--epochs", "4"]
+    stopped = stage("pretrain_dino.py", *args, *constant, "--on-collapse", "stop", "--output", "constant",
+                    cwd=tmp_path, check=False)
+    assert stopped.returncode == 2 and "every image gets the same output" in stopped.stderr
+    healthy = stage("pretrain_dino.py", *args, "--output", "healthy", cwd=tmp_path)
+    assert "collapsed" not in healthy.stdout
+
+
+@pytest.mark.parametrize("arch", ["test_vit", "test_resnet"])
+def test_two_processes_equal_one(folder_data, tmp_path, arch):
+    args = [*FOLDER, *FAST, "--arch", arch, "--drop-path", "0", *TINY]
+    stage("pretrain_dino.py", *args, "--output", "one", cwd=tmp_path)
+    stage("pretrain_dino.py", *args, "--output", "two", cwd=tmp_path, processes=2)
+    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+            for name in ("one", "two")]
+    for one, two in zip(*logs):
+        assert one["loss"] == pytest.approx(two["loss"], rel=2e-3)
+        assert one["entropy"] == pytest.approx(two["entropy"], rel=5e-3)
+
+
+def test_resumed_after_sigkill_bit_for_bit(folder_data, tmp_path):
+    args = [*FOLDER, *FAST, "--epochs", "6", "--arch", "test_vit", "--drop-path", "0.1", *TINY]
+    stage("pretrain_dino.py", *args, "--output", "whole", cwd=tmp_path)
+    killed("pretrain_dino.py", *args, "--output", "killed", cwd=tmp_path, log=tmp_path / "killed" / "log.jsonl",
+           lines=2, text="epoch 3/6")
+    assert not (tmp_path / "killed" / "metrics.json").exists()
+    assert "resuming" in stage("pretrain_dino.py", *args, "--output", "killed", cwd=tmp_path).stdout
+    whole, resumed = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "killed"))
+    for part in ("student", "teacher"):
+        assert all(torch.equal(value, resumed[part][name]) for name, value in whole[part].items())
+    assert torch.equal(whole["center"], resumed["center"])
+
+
+def test_mistakes(folder_data, tmp_path):
+    run = lambda *args: stage("pretrain_dino.py", *FOLDER, *FAST, "--arch", "test_vit", "--output", "run",  # noqa: E731
+                              *TINY, *args, cwd=tmp_path, check=False)
+    refused(run("--accumulate", "3"), "--accumulate 3", "--batch-size 4")
+    refused(run("--global-scale", "0.9", "0.2"), "--global-scale")
+    refused(run("--batch-size", "400"), "--batch-size 400", "training images")
+    refused(run("--export", "x.pt"), ".safetensors")
+    assert not (tmp_path / "run").exists()
+    done = run("--lr", "1e30", "--warmup-epochs", "0", "--clip-grad", "0")
+    assert done.returncode == 2 and "not finite by step" in done.stderr and "Traceback" not in done.stderr
+    preview = run("--preview", "--overwrite")
+    assert preview.returncode == 0 and (tmp_path / "run" / "crops.png").exists()
