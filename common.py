@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,8 @@ def some(names, most=5):
 @dataclass
 class Split:
     """The images of one split: paths (N), labels (N,) int64 or (N, L) float32 or None, groups (N) such as
-    patients or None, masks (N) paths or None, rows (N,) int64: where each image stands in the store."""
+    patients or None, masks (N) paths, lists of (class index, path of a binary map), or None, rows (N,) int64:
+    where each image stands in the store."""
     paths: list
     labels: np.ndarray = None
     groups: list = None
@@ -81,7 +83,8 @@ class Split:
 @dataclass
 class Dataset:
     """task: "classes", "multilabel" or "masks"; splits: {"train", "val", "test": Split}; metric: the name of
-    the headline; mean, std: three numbers in [0, 1]; store: the cached pixels of all splits."""
+    the headline; mean, std: three numbers in [0, 1]; store: the cached pixels of all splits; mask_store: their
+    masks, in the same rows."""
     name: str
     task: str
     classes: list
@@ -90,6 +93,7 @@ class Dataset:
     mean: list = None
     std: list = None
     store: object = None
+    mask_store: object = None
     leakage: dict = field(default_factory=dict)
 
     @property
@@ -411,21 +415,21 @@ class Store:
 
 
 class Decoder(torch.utils.data.Dataset):
-    """Decodes and shrinks one image an item, for the processes that build the cache."""
+    """Decodes and shrinks one image (or mask) an item, for the processes that build the cache."""
 
-    def __init__(self, paths, side):
-        self.paths, self.side = paths, side
+    def __init__(self, paths, side, decode, resample):
+        self.paths, self.side, self.decode, self.resample = paths, side, decode, resample
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, i):
         try:
-            pixels = open_image(self.paths[i])
+            pixels = self.decode(self.paths[i])
         except Exception as error:  # Pillow's plugins raise nearly anything on a damaged file; all are named later
             return None, (0, 0), 0, f"{type(error).__name__}: {error}"
         size = pixels.shape[:2]
-        pixels = np.ascontiguousarray(resize_short_side(pixels, self.side))
+        pixels = np.ascontiguousarray(resize_short_side(pixels, self.side, self.resample))
         digest = hashlib.blake2b(pixels.tobytes() + repr(pixels.shape).encode(), digest_size=8).digest()
         return pixels, size, int.from_bytes(digest, "little"), None
 
@@ -434,7 +438,9 @@ def fingerprint(paths, side):
     """What a cache is made of: every path with its size and time of change, and the resize."""
     digest = hashlib.blake2b(f"4 {side}".encode(), digest_size=6)
     for path in paths:
-        if path.startswith("demo"):
+        if not isinstance(path, str):  # the binary maps that make one mask
+            digest.update(repr(path).encode() + fingerprint([part for _, part in path], side).encode())
+        elif path.startswith("demo"):
             digest.update(path.encode())
         else:
             stat = os.stat(path)
@@ -442,7 +448,7 @@ def fingerprint(paths, side):
     return digest.hexdigest()
 
 
-def build_store(folder, paths, side, workers):
+def build_store(folder, paths, side, workers, decode, resample):
     """Decode every image into folder/pixels.bin and folder/index.npz, in several processes."""
     free, needed = shutil.disk_usage(folder.parent).free, 4 * side * side * len(paths)
     if needed > free:
@@ -451,8 +457,8 @@ def build_store(folder, paths, side, workers):
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # an interrupted build; the lock says nobody else is at it
     partial.mkdir()
-    loader = torch.utils.data.DataLoader(Decoder(paths, side), batch_size=8, num_workers=workers, collate_fn=list,
-                                         prefetch_factor=4 if workers else None)
+    loader = torch.utils.data.DataLoader(Decoder(paths, side, decode, resample), batch_size=8, num_workers=workers,
+                                         collate_fn=list, prefetch_factor=4 if workers else None)
     count, offset, broken = len(paths), 0, {}
     offsets, hashes = np.zeros(count, np.int64), np.zeros(count, np.uint64)
     shapes, sizes = np.zeros((count, 3), np.int32), np.zeros((count, 2), np.int32)
@@ -470,7 +476,7 @@ def build_store(folder, paths, side, workers):
     partial.rename(folder)
 
 
-def open_store(name, paths, args):
+def open_store(name, paths, args, decode=open_image, resample=Image.Resampling.BILINEAR):
     """The cached pixels of `paths`, built first where they are not: by one process of a machine, the others
     wait. Files that cannot be decoded are all named, and an error unless --skip-broken."""
     folder = Path(args.cache_dir) / f"{name}-{args.resize}-{fingerprint(paths, args.resize)}"
@@ -480,7 +486,7 @@ def open_store(name, paths, args):
             with open(folder.parent / f".{folder.name}.lock", "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # a second run started meanwhile waits here, then finds it built
                 if not folder.exists():
-                    build_store(folder, paths, args.resize, args.workers)
+                    build_store(folder, paths, args.resize, args.workers, decode, resample)
         except OSError as error:
             shutil.rmtree(folder.with_name(folder.name + ".partial"), ignore_errors=True)
             fail(f"--cache-dir {args.cache_dir}: the cache cannot be written ({error}); free space there or give "
@@ -530,15 +536,16 @@ def measure(store, rows):
     return mean.round(4).tolist(), np.sqrt(squares / count - mean ** 2).clip(1e-3).round(4).tolist()
 
 
-def load_dataset(args, check=True):
-    """Index, complete, cache and check the dataset that the arguments name; nothing is trained on yet."""
+def load_dataset(args, check=True, decode_mask=None):
+    """Index, complete, cache and check the dataset that the arguments name; nothing is trained on yet.
+    decode_mask(item of Split.masks, number of classes) -> (H, W, 1) uint8 asks for the masks too."""
     dataset = INDEX[args.dataset](args)
     complete_splits(dataset, args.split_seed)
     if args.metric:
         dataset.metric = args.metric
     elif dataset.task == "multilabel" and dataset.metric == "accuracy":
         dataset.metric = "roc_auc"
-    attach_store(dataset, args)
+    attach_store(dataset, args, decode_mask)
     if check:
         check_leakage(dataset, args.leakage)
     if args.limit:
@@ -550,14 +557,22 @@ def load_dataset(args, check=True):
     return dataset
 
 
-def attach_store(dataset, args):
-    """Open the store of all splits, tell each where its rows are, and leave broken images out."""
+def attach_store(dataset, args, decode_mask=None):
+    """Open the store of all splits (and of their masks), tell each where its rows are, leave broken images out."""
     paths = [path for split in dataset.splits.values() for path in split.paths]
     dataset.store, start = open_store(dataset.name, paths, args), 0
+    broken = set(dataset.store.broken)
+    if decode_mask:
+        masks = [mask for split in dataset.splits.values() for mask in split.masks or []]
+        if len(masks) != len(paths) or dataset.task != "masks":
+            fail(f"--dataset {args.dataset} has no masks to segment; one with masks is --dataset folder")
+        dataset.mask_store = open_store(f"{dataset.name}-masks{len(dataset.classes)}", masks, args, partial(
+            decode_mask, classes=len(dataset.classes)), Image.Resampling.NEAREST)
+        broken |= set(dataset.mask_store.broken)
     for name, split in dataset.splits.items():
         split.rows = np.arange(start, start + len(split))
         start += len(split)
-        dataset.splits[name] = split.take([i for i, row in enumerate(split.rows) if row not in dataset.store.broken])
+        dataset.splits[name] = split.take([i for i, row in enumerate(split.rows) if row not in broken])
         if not len(dataset.splits[name]):
             fail(f"{dataset.name}: not one image of {name} can be decoded")
 
