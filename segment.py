@@ -223,6 +223,23 @@ class SampleDropout(torch.nn.Dropout):
         return x * (torch.stack(noise) >= self.p) / (1 - self.p)
 
 
+class ReachConv(torch.nn.Conv2d):
+    """A 3x3 convolution with padding = dilation nearly as wide as the map or wider: its outer taps see little but
+    padding. The same sums from what each tap does see, as matrix products; a third of the time or less."""
+
+    def forward(self, x):
+        """x (B, C, h, w)."""
+        height, width, rate, total = *x.shape[2:], self.dilation[0], 0
+        x, taps = x.permute(0, 2, 3, 1), self.weight.permute(2, 3, 0, 1)
+        for i, down in enumerate((-rate, 0, rate)):
+            for j, right in enumerate((-rate, 0, rate)):
+                if abs(down) < height and abs(right) < width:
+                    seen = x[:, max(down, 0):height + min(down, 0), max(right, 0):width + min(right, 0)]
+                    total = total + F.pad(F.linear(seen.contiguous(), taps[i, j].contiguous()), (
+                        0, 0, max(-right, 0), max(right, 0), max(-down, 0), max(down, 0)))
+        return total.permute(0, 3, 1, 2)
+
+
 def feature_map(backbone, images):
     """The last feature map of any timm model (B, C, h, w): a ViT's patch tokens in their places."""
     tokens = backbone.forward_features(images)
@@ -243,6 +260,9 @@ class DeepLab(torch.nn.Module):
         rates = (12, 24, 36) if shape[2] * 8 >= side else (6, 12, 18)
         self.backbone, self.classifier = backbone, DeepLabHead(shape[1], num_classes, rates)
         self.dropout = self.classifier[0].project[3] = SampleDropout(0.5)
+        for branch in self.classifier[0].convs[1:4]:
+            if branch[0].dilation[0] >= 0.75 * max(shape[2:]):
+                branch[0].__class__ = ReachConv
         for name, parameter in backbone.named_parameters():  # what only a classifier uses
             parameter.requires_grad = not name.startswith((*common.HEADS, "fc_norm.", "attn_pool."))
 
@@ -284,9 +304,9 @@ def loss_function(logits, targets, kind):
     both sides of the fraction, so that a class that is rightly absent costs nothing). Dice goes by the image, not
     the batch: the mean then does not depend on how a batch is shared. logits (B, C, H, W), targets (B, H, W)."""
     total = 0.0
-    if "ce" in kind:
+    if "ce" in kind.split("+"):
         total = total + F.cross_entropy(logits, targets, reduction="none").mean((1, 2))
-    if "dice" in kind:
+    if "dice" in kind.split("+"):
         share, dices = logits.softmax(1), []
         for c in range(1, logits.shape[1]):
             truth = (targets == c).float()
@@ -651,10 +671,9 @@ def draw_outlines(pixels, masks, side):
     size = tuple(round(n * side / max(image.size)) for n in image.size)
     canvas = np.asarray(image.resize(size, Image.Resampling.BICUBIC)).copy()
     for i, (mask, colour) in enumerate(masks):
-        edge = outline(torch.from_numpy(np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)).copy()))
-        if i == 0:
-            edge = F.max_pool2d(edge[None].float(), 3, 1, 1)[0] > 0
-        canvas[edge.numpy()] = colour
+        wide = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BILINEAR)
+        edge = outline(torch.from_numpy(np.asarray(wide) > 127))
+        canvas[F.max_pool2d(edge[None].float(), 3 if i else 5, 1, 1 if i else 2)[0].numpy() > 0] = colour
     return canvas
 
 
@@ -711,9 +730,21 @@ def compare(args, run):
         captions.append([Path(split.paths[i]).name, (f"{names[0]}  IoU {iou[0, i]:.3f}", BLUE),
                          (f"{names[1]}  IoU {iou[1, i]:.3f}", RED), f"difference {iou[0, i] - iou[1, i]:+.3f}"])
     output.parent.mkdir(parents=True, exist_ok=True)
-    title = f"{dataset.name}, test: truth yellow, {names[0]} blue, {names[1]} red; best for {names[1]} to best for {names[0]}"
+    title = f"{dataset.name}, test: truth yellow, {names[0]} blue, {names[1]} red; sorted by the difference"
     common.draw_grid(output, rows, captions, None, 320, title)
-    say(f"written: {output}")
+    means = {bin: np.mean(pairs, 0).tolist() if pairs else [None, None] for bin, pairs in found.items()}
+    common.draw_plot(output.with_suffix(".regions.png"), [{
+        "title": "IoU by distance from the image's largest region", "ylabel": "mean IoU", "ylim": (0, 1),
+        "xlabel": "distance, share of the image's diagonal (number of regions)",
+        "xnames": [f"{bin} ({len(pairs)})" for bin, pairs in found.items()],
+        "series": [{"label": name, "x": list(range(len(BINS))), "y": [mean[k] for mean in means.values()],
+                    "kind": "bars"} for k, name in enumerate(names)]}], (800, 420))
+    mean_iou = np.nanmean(iou, 1).tolist()
+    common.write_json(output.with_suffix(".json"), {"runs": args.compare, "names": names, "iou": mean_iou, "regions": {
+        bin: {"count": len(found[bin]), "iou": means[bin]} for bin in BINS}})
+    common.print_table(["mean IoU", "regions", *names], [["images", len(order), *map(common.show, mean_iou)], *(
+        [bin, len(found[bin]), *map(common.show, means[bin])] for bin in BINS)])
+    say(f"written: {output}, {output.with_suffix('.regions.png')}, {output.with_suffix('.json')}")
 
 
 def main():
