@@ -401,7 +401,8 @@ def evaluate(model, dataset, split, args, run, distances=False, batch_size=32):
         table[:, :, 4] = loss_function(upsample(logits, targets.shape[1:]), targets, args.loss).cpu()[:, None]
         for i, (height, width) in enumerate(mask_sizes.tolist()):
             truth, said = masks[i, :height, :width, 0], full_size(logits[i], (height, width))
-            pairs_of = torch.bincount((truth.long() * count + said).flatten(), minlength=count ** 2).view(count, count)
+            pairs_of = torch.bincount((truth.long() * count + said).flatten(), minlength=count ** 2)
+            pairs_of = pairs_of.view(count, count)
             table[i, :, :3] = torch.stack([pairs_of.diagonal(), pairs_of.sum(1), pairs_of.sum(0)], 1).cpu()
             scale = dataset.mask_store.sizes[rows[i]] / dataset.mask_store.shapes[rows[i], :2]
             for c in range(1, count if distances else 0):
@@ -418,8 +419,8 @@ def constant_score(dataset, args, device):
     for name in ("train", "test"):
         rows = dataset.splits[name].rows
         rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), 1024)).astype(int)]
-        parts = []
-        for masks, sizes in common.load_batches(dataset.mask_store, np.array_split(rows, len(rows) // 32 + 1), device):
+        batches, parts = np.array_split(rows, len(rows) // 32 + 1), []
+        for masks, sizes in common.load_batches(dataset.mask_store, batches, device):
             boxes, flips = torch.cat([torch.zeros_like(sizes), sizes], 1), torch.zeros_like(sizes) > 0
             parts.append(crop_masks(masks[..., 0], boxes, 128, flips).to(torch.uint8))
         grids[name] = torch.cat(parts)
@@ -482,8 +483,8 @@ def train_epoch(model, dropout, optimizer, scaler, dataset, args, run, epoch):
                 dist.all_reduce(mean)
                 mean /= run.world
             if not torch.isfinite(mean):
-                fail(f"the loss is not finite by step {epoch * len(order) + i + 1} (epoch {epoch + 1}); the last good "
-                     f"checkpoint is {args.output}/checkpoint.pt; lower --lr, or try --amp off")
+                fail(f"the loss is not finite by step {epoch * len(order) + i + 1} (epoch {epoch + 1}); the last "
+                     f"good checkpoint is {args.output}/checkpoint.pt; lower --lr, or try --amp off")
             bar.set_postfix(loss=f"{mean.item():.3f}")
     return mean.item(), len(order) * args.batch_size / (time.time() - begin)
 
@@ -536,6 +537,7 @@ def fit(model, dataset, args, run, folder, pretrained_on):
                 "".join(json.dumps(entry) + "\n" for entry in log)))
         say(f"epoch {epoch + 1}/{args.epochs}  loss {loss:.4f}  val loss {values['loss']:.4f}  val {dataset.metric} "
             f"{common.show(values[dataset.metric])}{' *' if improved else ''}  {speed:.1f} images/s")
+    common.barrier()  # the others must not load model.pt before it is written
     return log
 
 
@@ -550,9 +552,10 @@ def finish(dataset, args, run, folder, log, pretrained_on):
             "constant_iou": constant_score(dataset, args, run.device)}
     best, show = max(log, key=lambda entry: entry["score"]), common.show
     columns = np.concatenate([*(np.stack(overlap(table[:, 1:]), 2), table[:, 1:, [3, 1, 2]])], 2)
-    common.write_table(folder / "predictions.csv", ["path", *(f"{what}_{name}" for name in classes[1:] for what in (
-        "iou", "dice", "hd95", "pixels", "predicted"))], [[path, *("" if math.isnan(v) else f"{v:.6g}" for v in row)]
-                                                        for path, row in zip(split.paths, columns.reshape(len(split), -1))])
+    head = [f"{what}_{name}" for name in classes[1:] for what in ("iou", "dice", "hd95", "pixels", "predicted")]
+    common.write_table(folder / "predictions.csv", ["path", *head], [
+        [path, *("" if math.isnan(v) else f"{v:.6g}" for v in row)]
+        for path, row in zip(split.paths, columns.reshape(len(split), -1))])
     epochs = [entry["epoch"] for entry in log]
     common.draw_plot(folder / "curves.png", [
         {"title": "loss", "xlabel": "epoch", "ylabel": args.loss, "series": [
@@ -573,8 +576,8 @@ def finish(dataset, args, run, folder, log, pretrained_on):
     common.print_table(["test", *SCORES], [[name, *(show(row[score]) for score in SCORES)] for name, row in (
         *test["classes"].items(), ("mean of foreground", test))])
     low, high = test["interval"] or (None, None)
-    say(f"best epoch {best['epoch']} of {args.epochs}, {len(split)} test images, {headline} (95 % interval {show(low)} "
-        f"to {show(high)}); the best constant mask has IoU {show(test['constant_iou'])}")
+    say(f"best epoch {best['epoch']} of {args.epochs}, {len(split)} test images, {headline} (95 % interval "
+        f"{show(low)} to {show(high)}); the best constant mask has IoU {show(test['constant_iou'])}")
     if test["undefined"]:
         say(f"neither in the test split nor predicted, left out of the averages: {', '.join(test['undefined'])}")
     say(f"written: {folder}")
@@ -586,9 +589,8 @@ def finish(dataset, args, run, folder, log, pretrained_on):
 def predict_masks(model, store, rows, args, meta, run, sizes_of):
     """Yield, for each of rows, its mask (H, W) uint8 numpy at the size sizes_of(position in rows)."""
     batches = [rows[i:i + 32] for i in range(0, len(rows), 32)]
-    done = 0
-    for images, sizes in tqdm(common.load_batches(store, batches, run.device), "predicting", len(batches), leave=False,
-                              disable=run.rank > 0):
+    loader, done = common.load_batches(store, batches, run.device), 0
+    for images, sizes in tqdm(loader, "predicting", len(batches), leave=False, disable=run.rank > 0):
         with run.autocast():
             logits = model(whole_view(images, sizes, args, meta["mean"], meta["std"]))
         for coarse in logits:
@@ -710,7 +712,8 @@ def compare(args, run):
         masks = predict_masks(common.to_device(model, run), dataset.store, split.rows, view, meta, run, size)
         said.append([mask > 0 for mask in masks])
     count = lambda *masks: [np.logical_and(*masks).sum(), masks[0].sum(), masks[1].sum()]  # noqa: E731
-    iou = np.array([[overlap(np.array(count(truth, mask)))[0] for truth, mask in zip(truths, masks)] for masks in said])
+    iou = np.array([[overlap(np.array(count(truth, mask)))[0] for truth, mask in zip(truths, masks)]
+                    for masks in said])
     found = {name: [] for name in BINS}
     for i, truth in enumerate(truths):
         if truth.any():
@@ -740,8 +743,9 @@ def compare(args, run):
         "series": [{"label": name, "x": list(range(len(BINS))), "y": [mean[k] for mean in means.values()],
                     "kind": "bars"} for k, name in enumerate(names)]}], (800, 420))
     mean_iou = np.nanmean(iou, 1).tolist()
-    common.write_json(output.with_suffix(".json"), {"runs": args.compare, "names": names, "iou": mean_iou, "regions": {
-        bin: {"count": len(found[bin]), "iou": means[bin]} for bin in BINS}})
+    regions = {bin: {"count": len(found[bin]), "iou": means[bin]} for bin in BINS}
+    common.write_json(output.with_suffix(".json"), {
+        "runs": args.compare, "names": names, "iou": mean_iou, "regions": regions})
     common.print_table(["mean IoU", "regions", *names], [["images", len(order), *map(common.show, mean_iou)], *(
         [bin, len(found[bin]), *map(common.show, means[bin])] for bin in BINS)])
     say(f"written: {output}, {output.with_suffix('.regions.png')}, {output.with_suffix('.json')}")

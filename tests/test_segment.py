@@ -62,8 +62,8 @@ def refuse(tmp_path, monkeypatch, capsys):
 
 
 def test_learns_and_writes_what_the_design_names(mask_data, tmp_path):
-    done = stage("segment.py", *FOLDER, "--csv", "data/labels.csv", "--split-column", "split", *FAST, "--image-size", "96",
-                 "--epochs", "5", "--output", "run", cwd=tmp_path)
+    done = stage("segment.py", *FOLDER, "--csv", "data/labels.csv", "--split-column", "split", *FAST,
+                 "--image-size", "96", "--epochs", "5", "--output", "run", cwd=tmp_path)
     run = tmp_path / "run"
     result = metrics(run)
     assert result["counts"] == {"train": 20, "val": 5, "test": 5} and result["metric"] == "iou"
@@ -81,7 +81,8 @@ def test_learns_and_writes_what_the_design_names(mask_data, tmp_path):
     assert (run / "curves.png").exists() and not list(run.glob("*.partial"))
     # its backbone, in timm's names, is a start for the other stages and for segment.py itself
     done = stage("segment.py", *FOLDER, "--init", "run/model.pt", "--epochs", "1", "--batch-size", "4", *TINY,
-                 "--csv", "data/labels.csv", "--split-column", "split", "--group-column", "patient", "--output", "again", cwd=tmp_path)
+                 "--csv", "data/labels.csv", "--split-column", "split", "--group-column", "patient",
+                 "--output", "again", cwd=tmp_path)
     assert "backbone tensors loaded" in done.stdout and metrics(tmp_path / "again")["init"] == "run"
 
 
@@ -249,7 +250,8 @@ def test_masks_move_with_their_images():
             for i in range(side):
                 for j in range(side):
                     u, v = (side - 1 - i if flips[b, 0] else i), (side - 1 - j if flips[b, 1] else j)
-                    slow[b, i, j] = masks[b, int(top + (u + 0.5) * height / side), int(left + (v + 0.5) * width / side)]
+                    place = int(top + (u + 0.5) * height / side), int(left + (v + 0.5) * width / side)
+                    slow[b, i, j] = masks[b, place[0], place[1]]
         assert torch.equal(cut, slow)
     args = argparse.Namespace(image_size=32, scale=[0.3, 1.0], jitter=[0, 0, 0, 0])
     draws = common.Draws(0, 4, torch.arange(4), torch.device("cpu"))
@@ -303,7 +305,7 @@ def test_metrics_equal_the_slow_versions():
         assert len(iou) == (12 if c == 1 else 11)
         assert scores["classes"][name]["iou"] == pytest.approx(np.mean(iou))
         assert scores["classes"][name]["dice"] == pytest.approx(np.mean(dice))
-        whole = [sum(((t == c) & (s == c)).sum() for t, s in masks), sum(((t == c) | (s == c)).sum() for t, s in masks)]
+        whole = [sum(join(t == c, s == c).sum() for t, s in masks) for join in (np.logical_and, np.logical_or)]
         assert scores["classes"][name]["iou_set"] == pytest.approx(whole[0] / whole[1])
         assert scores["classes"][name]["dice_set"] == pytest.approx(2 * whole[0] / sum(whole))
         assert scores["classes"][name]["hd95"] is None
@@ -330,7 +332,8 @@ def test_loss_equals_the_slow_version():
             for c in range(1, classes):
                 t = (targets[b] == c).double()
                 dice.append((2 * float((p[c] * t).sum()) + 1) / (float(p[c].sum() + t.sum()) + 1))
-            for kind, value in (("ce", entropy), ("dice", 1 - np.mean(dice)), ("ce+dice", entropy + 1 - np.mean(dice))):
+            dice = 1 - np.mean(dice)
+            for kind, value in (("ce", entropy), ("dice", dice), ("ce+dice", entropy + dice)):
                 assert segment.loss_function(logits, targets, kind)[b].item() == pytest.approx(value, abs=1e-5)
 
 
