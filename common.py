@@ -1078,7 +1078,7 @@ def init_label(init, meta):
     if init in ("random", "imagenet", "imagenet-dino"):
         return init
     start = "" if meta.get("init") in (None, "random") else meta["init"] + "+"
-    return start + {"pretrain_dino": "dino", "finetune": "finetuned"}[meta["stage"]] if "stage" in meta \
+    return start + {"pretrain_dino": "dino", "finetune": "finetuned", "segment": "segmenter"}[meta["stage"]] if "stage" in meta \
         else Path(init).stem
 
 

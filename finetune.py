@@ -207,6 +207,7 @@ def fit(model, dataset, args, run, folder, pretrained_on):
                 "".join(json.dumps(entry) + "\n" for entry in log)))
         say(f"epoch {epoch + 1}/{args.epochs}  loss {loss:.4f}  val loss {values['loss']:.4f}  val "
             f"{dataset.metric} {common.show(values[dataset.metric])}{' *' if improved else ''}  {speed:.1f} images/s")
+    common.barrier()  # the others must not read model.pt before it is written
     return log
 
 

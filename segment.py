@@ -491,7 +491,7 @@ def train_epoch(model, dropout, optimizer, scaler, dataset, args, run, epoch):
 
 def save_model(path, model, dataset, args, pretrained_on):
     """model.pt: the backbone in timm's names, the head as classifier.*, and all that is needed to use them."""
-    content = {"arch": args.arch, "init": args.init, "num_classes": len(dataset.classes), "dataset": dataset.name,
+    content = {"stage": "segment", "arch": args.arch, "init": args.init_label, "num_classes": len(dataset.classes), "dataset": dataset.name,
                "image_size": args.image_size, "resize": args.resize, "mean": dataset.mean, "std": dataset.std,
                "classes": dataset.classes, "task": "masks", "output_stride": args.output_stride,
                "pretrained_on": pretrained_on, "state_dict": {
@@ -504,9 +504,8 @@ def fit(model, dataset, args, run, folder, pretrained_on):
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=args.lr,
                                  weight_decay=args.weight_decay, fused=run.device.type in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp == "fp16")
-    log = []
-    if (folder / "checkpoint.pt").exists():
-        checkpoint = torch.load(folder / "checkpoint.pt", map_location=run.device, weights_only=True)
+    log, checkpoint = [], common.load_checkpoint(folder, run)
+    if checkpoint:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
@@ -565,9 +564,9 @@ def finish(dataset, args, run, folder, log, pretrained_on):
             {"label": "validation", "x": epochs, "y": [e["val"][dataset.metric] for e in log], "colour": 1}]}])
     headline = f"{dataset.metric} {show(test[dataset.metric])}"
     common.write_json(folder / "metrics.json", {
-        "stage": "segment", "dataset": dataset.name, "arch": args.arch, "init": common.init_name(args.init),
+        "stage": "segment", "dataset": dataset.name, "arch": args.arch, "init": args.init_label,
         "pretrained_on": pretrained_on, "seed": args.seed, "metric": dataset.metric, "val": best["val"], "test": test,
-        "best_epoch": best["epoch"], "counts": dataset.counts, "leakage": dataset.leakage, "loss": args.loss,
+        "best_epoch": best["epoch"], "counts": dataset.counts, "split": dataset.split_id, "leakage": dataset.leakage, "loss": args.loss,
         "image_size": args.image_size, "output_stride": args.output_stride, "epochs": args.epochs,
         "parameters": sum(p.numel() for p in model.parameters()), "seconds": sum(entry["seconds"] for entry in log),
         "images_per_second": float(np.median([entry["images_per_second"] for entry in log])),
