@@ -20,6 +20,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -862,6 +863,28 @@ def to_device(model, run):
     """Move a model; CNNs go channels-last, which the convolutions of CPUs and GPUs both want."""
     cnn = not hasattr(model, "patch_embed")
     return model.to(run.device, memory_format=torch.channels_last if cnn else torch.preserve_format)
+
+
+def attention_reader(model):
+    """A function images (B, 3, H, W) -> [(B, heads, T, T) softmax attention of each block in order], read with timm's
+    AttentionExtract; rows are queries, and the last patch_embed.grid_size tokens are the patches. None for a model
+    without such blocks. Build the model after timm.layers.set_fused_attn(False): fused attention forms no map."""
+    names = [name for name, _ in model.named_modules() if fnmatch(name, "blocks.*.attn.attn_drop")]
+    if not names or not hasattr(getattr(model, "patch_embed", None), "grid_size"):
+        return None
+    extract = timm.utils.AttentionExtract(model, names=names, method="hook")
+    patches = math.prod(model.patch_embed.grid_size)
+
+    @torch.inference_mode()
+    def read(images):
+        maps = list(extract(images).values())
+        if len(maps) < len(names) or any(  # attention within windows or across channels has other shapes
+                m.shape[0] != len(images) or m.shape[2] != m.shape[3] or not 0 <= m.shape[3] - patches < 16
+                or (m[:1].float().sum(3) - 1).abs().max() > 0.05 for m in maps):
+            fail(f"{type(model).__name__} has no softmax attention of every patch over all patches; "
+                 "take a plain ViT, such as deit_small")
+        return maps
+    return read
 
 
 def features(model, images, pool="auto"):
