@@ -866,9 +866,9 @@ def to_device(model, run):
 
 
 def attention_reader(model):
-    """A function images (B, 3, H, W) -> [(B, heads, T, T) softmax attention of each block in order], read with timm's
-    AttentionExtract; rows are queries, and the last patch_embed.grid_size tokens are the patches. None for a model
-    without such blocks. Build the model after timm.layers.set_fused_attn(False): fused attention forms no map."""
+    """A function images (B, 3, H, W) -> [(B, heads, T, T) softmax attention of each block in order], read with
+    timm's AttentionExtract; rows are queries, the last patch_embed.grid_size tokens the patches. None for a model
+    without such blocks. Build models after timm.layers.set_fused_attn(False): fused attention forms no map."""
     names = [name for name, _ in model.named_modules() if fnmatch(name, "blocks.*.attn.attn_drop")]
     if not names or not hasattr(getattr(model, "patch_embed", None), "grid_size"):
         return None
