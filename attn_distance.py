@@ -55,7 +55,7 @@ def token_distances(grid, patch, prefix=0):
 
 def mean_attention_distance(attention, distances, renormalize=True):
     """Mean over queries of the sum over keys of attention x distance (Dosovitskiy et al. 2021, D.7): (B, H,
-    T, T) of any precision and (T, T) pixels -> (B, H) float32 pixels. renormalize: rows are made to sum to 1."""
+    T, T) of any precision and (T, T) pixels -> (B, H) float32 pixels. renormalize: rows made to sum to 1."""
     attention = attention.float()
     reach = (attention * distances).sum(3)
     if renormalize:
