@@ -15,6 +15,7 @@ import random
 import re
 import shutil
 import sys
+import textwrap
 import warnings
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -64,7 +65,7 @@ def some(names, most=5):
 @dataclass
 class Split:
     """The images of one split: paths (N), labels (N,) int64 or (N, L) float32 or None, groups (N) such as
-    patients or None, masks (N) paths, lists of (class index, path of a binary map, later ones on top) or None,
+    patients or None, masks (N) paths, lists of (class index, path of a binary map), later ones on top, or None,
     rows (N,) int64: where each image stands in the store."""
     paths: list
     labels: np.ndarray = None
@@ -163,17 +164,18 @@ def index_folder(args):
     return Dataset(root.resolve().name, "classes", classes, splits)
 
 
-def read_csv(file, columns):
-    """Rows of a CSV as dicts (BOM and CRLF are fine); every name in `columns` must stand in its head."""
+def read_csv(file, columns, parse=dict):
+    """Rows of a CSV as dicts (BOM and CRLF are fine); every name in `columns` must stand in its head. Of a long
+    table parse(row) keeps less than all."""
     if not Path(file).is_file():
         fail(f"{file}: there is no such CSV file")
     with open(file, encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines)
-        head = reader.fieldnames or []
+        reader = csv.reader(lines)
+        head = next(reader, [])
         for column in columns:
             if column and column not in head:
                 fail(f"{file}: no column {column!r}; it has {some(head, 30)}")
-        rows = list(reader)
+        rows = [parse(zip(head, row + [""] * (len(head) - len(row)))) for row in reader if row]
     if not rows:
         fail(f"{file}: no rows")
     return rows
@@ -190,7 +192,8 @@ def resolve_paths(file, names, folders, skip=None):
         if found is None:
             missing.append(name)
     if missing:
-        message = f"{len(missing)} of {len(names)} listed images are not under {some(folders)}: {some(missing, 100)}"
+        message = (f"{len(missing)} of {len(names)} listed images are not under {some(folders)}: "
+                   f"{some(missing, 100)}")
         if not skip:
             fail(f"{file}: {message}" + ("" if skip is None else ". --skip-broken leaves them out"))
         say(f"left out: {message}")
@@ -236,40 +239,41 @@ def index_csv(args):
                    {name: every.take(parts[name]) for name in ("train", "val", "test") if name in parts})
 
 
-# ---------------------------------------------------------------- data: the paper's datasets -------------------
+# ---------------------------------------------------------------- data: the paper's datasets ------------------
 
 # task, headline metric, channels, mean, std (None: measured on train), classes
 SPECS = {
     "aptos2019": ("classes", "quadratic_kappa", 3, (0.415, 0.221, 0.073), (0.275, 0.150, 0.081),
                   "No DR, Mild, Moderate, Severe, Proliferative DR"),
     "ddsm": ("classes", "roc_auc", 1, (0.286,), (0.267,), "normal, abnormal"),
-    "isic2019": ("classes", "recall", 3, (0.66776717, 0.52960888, 0.52434725), (0.22381877, 0.20363036, 0.21538623),
-                 "MEL, NV, BCC, AK, BKL, DF, VASC, SCC"),
+    "isic2019": ("classes", "recall", 3, (0.66776717, 0.52960888, 0.52434725),
+                 (0.22381877, 0.20363036, 0.21538623), "MEL, NV, BCC, AK, BKL, DF, VASC, SCC"),
     "chexpert": ("multilabel", "roc_auc", 1, (0.503,), (0.292,),
                  "No Finding, Enlarged Cardiomediastinum, Cardiomegaly, Lung Opacity, Lung Lesion, Edema, "
-                 "Consolidation, Pneumonia, Atelectasis, Pneumothorax, Pleural Effusion, Pleural Other, Fracture, "
-                 "Support Devices"),
-    "camelyon": ("classes", "roc_auc", 3, (0.69991202, 0.53839318, 0.69108667), (0.2308955, 0.27435492, 0.20865005),
-                 "normal, tumor"),
+                 "Consolidation, Pneumonia, Atelectasis, Pneumothorax, Pleural Effusion, Pleural Other, "
+                 "Fracture, Support Devices"),
+    "camelyon": ("classes", "roc_auc", 3, (0.69991202, 0.53839318, 0.69108667),
+                 (0.2308955, 0.27435492, 0.20865005), "normal, tumor"),
     "isic2018": ("masks", "iou", 3, None, None, "background, lesion"),
     "csaws": ("masks", "iou", 1, None, None, "background, tumour")}
-CHEXPERT_FIVE = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")  # of its competition
-CSAWS_VAL = set("000 001 012 018 025 030 034 038 053 062 068 075 083 127 131 139 156 181 245 249".split())
+CHEXPERT_FIVE = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")  # competition
+CSAWS_VAL = "000 001 012 018 025 030 034 038 053 062 068 075 083 127 131 139 156 181 245 249".split()
 CSAWS_MAPS = ("cancer calcifications axillary_lymph_nodes thick_vessels foreign_object skin nipple text "
-              "non-mammary_tissue pectoral_muscle mammary_gland").split()  # the owners' order: the first covers the rest
+              "non-mammary_tissue pectoral_muscle mammary_gland").split()  # the owners' order: first on top
 
 
 def specified(name, splits):
     """The Dataset of a line of SPECS."""
     task, metric, channels, mean, std, classes = SPECS[name]
-    spread = lambda values: values and [*values] * (3 // channels)  # noqa: E731
-    return Dataset(name, task, classes.split(", "), splits, metric, spread(mean), spread(std))
+    mean, std = (values and [*values] * (3 // channels) for values in (mean, std))
+    return Dataset(name, task, classes.split(", "), splits, metric, mean, std)
 
 
 def expect(args, *names, inside=()):
     """--data-dir, or the first of its folders `inside` that is there; it must hold `names`."""
     root = data_folder(args)
-    root = next((root / folder for folder in inside if (root / folder).is_dir() and not (root / names[0]).exists()), root)
+    if not (root / names[0]).exists():
+        root = next((root / folder for folder in inside if (root / folder).is_dir()), root)
     if not all((root / name).exists() for name in names):
         fail(f"--data-dir {root}: --dataset {args.dataset} looks for {', '.join(names)} in it; found "
              f"{some(sorted(os.listdir(root)), 12) or 'an empty folder'}")
@@ -278,18 +282,17 @@ def expect(args, *names, inside=()):
 
 def known_labels(file, names, values, known):
     """Class indices (N,) int64 of the labels that stand beside `names`; known: {label: index}."""
-    values = [(value or "").strip() for value in values]
-    wrong = [f"{value!r} of {name}" for name, value in zip(names, values) if value not in known]
+    wrong = [f"{value!r} of {name}" for name, value in zip(names, values) if value.strip() not in known]
     if wrong:
         fail(f"{file}: {len(wrong)} labels are none of {some(known, 14)}: {some(wrong, 20)}")
-    return np.array([known[value] for value in values], np.int64)
+    return np.array([known[value.strip()] for value in values], np.int64)
 
 
 def listed_images(args, file, names, folders):
     """resolve_paths, and a word about images that lie beside the listed ones and are not listed."""
     paths = resolve_paths(file, names, folders, args.skip_broken)
-    beside = {entry.path for folder in {os.path.dirname(path) for path in paths if path} for entry in os.scandir(folder)
-              if os.path.splitext(entry.name)[1].lower() in SUFFIXES}
+    beside = {entry.path for folder in {os.path.dirname(path) for path in paths if path}
+              for entry in os.scandir(folder) if os.path.splitext(entry.name)[1].lower() in SUFFIXES}
     unlisted = sorted(beside.difference(paths))
     if unlisted:
         say(f"note: {len(unlisted)} images are not listed in {file} and left out: {some(unlisted)}")
@@ -297,8 +300,8 @@ def listed_images(args, file, names, folders):
 
 
 def random_split(every, share, seed, groups=None):
-    """The authors' split: shuffled by Python's random.Random(seed), the first int(N * share) held out, half of them
-    val and half test. seed=None keeps the order; of groups (N) each stays whole, so a cut moves to its end."""
+    """The authors' split: shuffled by Python's random.Random(seed), the first int(N * share) held out, half of
+    them val, half test. seed=None keeps the order; of groups (N) each stays whole: a cut moves to its end."""
     members = defaultdict(list)
     for i in range(len(every)):
         members[groups[i] if groups else i].append(i)
@@ -306,42 +309,45 @@ def random_split(every, share, seed, groups=None):
     if seed is not None:
         random.Random(seed).shuffle(members)
     order, ends = [i for group in members for i in group], np.cumsum([0, *map(len, members)])
-    half, cut = (int(ends[np.searchsorted(ends, k)]) for k in (int(len(every) * share) // 2, int(len(every) * share)))
-    return {"train": every.take(order[cut:]), "val": every.take(order[:half]), "test": every.take(order[half:cut])}
+    held = int(len(every) * share)
+    half, held = (int(ends[np.searchsorted(ends, count)]) for count in (held // 2, held))
+    return {name: every.take(order[part]) for name, part in (
+        ("train", slice(held, None)), ("val", slice(half)), ("test", slice(half, held)))}
 
 
 def join(splits):
-    """Splits of one dataset, one after the other, as one."""
+    """Several Splits as one."""
     chain = lambda name: (None if getattr(splits[0], name) is None else  # noqa: E731
                           [value for split in splits for value in getattr(split, name)])
     labels = None if splits[0].labels is None else np.concatenate([split.labels for split in splits])
     return Split(chain("paths"), labels, chain("groups"), chain("masks"))
 
 
-def settle_patients(name, splits, mode):
-    """Lists as published may tear patients apart: as --leakage says, warn (and keep them as they are), stop, or drop
-    their images from train (or from val, where test has them)."""
-    for outer, inner in (("train", ("val", "test")), ("val", ("test",))):
-        others = {group for part in inner if part in splits for group in splits[part].groups}
-        torn = sorted(others.intersection(splits[outer].groups)) if outer in splits else []
-        if torn:
-            message = f"{name}: {len(torn)} patients of {' or '.join(inner)} also stand in {outer}: {some(torn)}"
+def settle_patients(splits, mode):
+    """Splits as published may tear patients apart: as --leakage says, warn (and keep them as they are), stop, or
+    drop their images from train (from val, where test has them)."""
+    for outer in [name for name in ("train", "val") if name in splits]:
+        others = {g for name, split in splits.items() if (outer, name) in
+                  (("train", "val"), ("train", "test"), ("val", "test")) for g in split.groups}
+        torn = [g in others for g in splits[outer].groups]
+        if any(torn):
+            names = sorted(others.intersection(splits[outer].groups))
+            message = f"{len(names)} patients of {outer} also stand in a later split: {some(names)}"
             if mode == "error":
                 fail(f"{message}; --leakage drop takes them out of {outer}")
             say(f"WARNING: {message}; " + (f"taken out of {outer}" if mode == "drop" else "scores will flatter"))
-            if mode == "drop":
-                splits[outer] = splits[outer].take([i for i, g in enumerate(splits[outer].groups) if g not in others])
+            splits[outer] = splits[outer].take([i for i, is_torn in enumerate(torn) if not is_torn or mode == "warn"])
             splits[outer].groups = [f"{g} ({outer})" if g in others else g for g in splits[outer].groups]
     return splits
 
 
 def index_aptos2019(args):
     """train.csv (id_code, diagnosis 0 to 4) and train_images/{id_code}.png: the authors' 70/15/15."""
-    root = expect(args, "train.csv", "train_images")
-    rows = read_csv(root / "train.csv", ["id_code", "diagnosis"])
+    file = expect(args, "train.csv", "train_images") / "train.csv"
+    rows = read_csv(file, ["id_code", "diagnosis"])
     names = [f"{row['id_code']}.png" for row in rows]
-    labels = known_labels(root / "train.csv", names, [row["diagnosis"] for row in rows], {str(i): i for i in range(5)})
-    paths = listed_images(args, root / "train.csv", names, [root / "train_images"])
+    labels = known_labels(file, names, [row["diagnosis"] for row in rows], {str(i): i for i in range(5)})
+    paths = listed_images(args, file, names, [file.parent / "train_images"])
     return specified("aptos2019", random_split(Split(paths, labels), 0.3, args.split_seed))
 
 
@@ -350,101 +356,100 @@ def index_ddsm(args):
     cancer_15-B_3504_1.RIGHT_CC.LJPEG.1.jpg of patient B_3504; or else CBIS-DDSM."""
     if any(data_folder(args).rglob("*_case_description_t*_set.csv")):
         return index_cbis_ddsm(args)
-    root, splits = expect(args, "ddsm_raw_image_lists", "ddsm_raw"), {}
-    for part in ("train", "val", "test"):
-        file = expect(args, f"ddsm_raw_image_lists/{part}.txt") / "ddsm_raw_image_lists" / f"{part}.txt"
-        names = [line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
+    lists = {part: f"ddsm_raw_image_lists/{part}.txt" for part in ("train", "val", "test")}
+    root, splits, known = expect(args, "ddsm_raw", *lists.values()), {}, {"normal": 0, "benign": 1, "cancer": 1}
+    for part, file in lists.items():
+        names = [line.strip() for line in (root / file).read_text("utf-8-sig").splitlines() if line.strip()]
         bases = [os.path.basename(name) for name in names]
-        labels = known_labels(file, names, [base.split("_")[0] for base in bases], {"normal": 0, "benign": 1, "cancer": 1})
-        cases = [re.search(r"[A-D]_\d{4}(?=_\d)", base) for base in bases]
-        splits[part] = Split(resolve_paths(file, names, [root / "ddsm_raw"], args.skip_broken), labels,
-                             [case[0] if case else base for case, base in zip(cases, bases)])
-    return specified("ddsm", settle_patients("ddsm", splits, args.leakage))
+        patients = [(re.search(r"[A-D]_\d{4}(?=_\d)", base) or [base])[0] for base in bases]
+        labels = known_labels(root / file, names, [base.split("_")[0] for base in bases], known)
+        paths = resolve_paths(root / file, names, [root / "ddsm_raw"], args.skip_broken)
+        splits[part] = Split(paths, labels, patients)
+    return specified("ddsm", settle_patients(splits, args.leakage))
 
 
 def index_cbis_ddsm(args):
-    """CBIS-DDSM: {mass,calc}_case_description_{train,test}_set.csv of TCIA and its full mammograms as PNG or JPEG, named
-    or foldered by the series or the case of "image file path". Any MALIGNANT lesion makes an image malignant."""
-    known, root = {"BENIGN": 0, "BENIGN_WITHOUT_CALLBACK": 0, "MALIGNANT": 1}, data_folder(args)
+    """CBIS-DDSM: {mass,calc}_case_description_{train,test}_set.csv of TCIA and its full mammograms as PNG or JPEG,
+    named or foldered by the series or the case of "image file path". One MALIGNANT lesion: a malignant image."""
+    root, images = data_folder(args), defaultdict(dict)
     files = {name: path for path in images_under(root) for name in (Path(path).stem, Path(path).parent.name)}
-    splits = {"train": {}, "test": {}}
     for file in sorted(root.rglob("*_case_description_t*_set.csv")):
         rows = read_csv(file, ["patient_id", "pathology", "image file path"])
-        parts = [row["image file path"].strip().split("/") for row in rows]
-        found = [next((files[key] for key in (p[-2] if len(p) > 1 else p[0], p[0]) if key in files), p[0]) for p in parts]
+        cases = [row["image file path"].strip().split("/") for row in rows]
+        found = [files.get(case[-2 % len(case)]) or files.get(case[0], case[0]) for case in cases]
         paths = resolve_paths(file, found, [""], args.skip_broken)
-        labels = known_labels(file, ["/".join(p[:1]) for p in parts], [row["pathology"] for row in rows], known)
-        images = splits["test" if "_test_" in file.name else "train"]
+        labels = known_labels(file, [case[0] for case in cases], [row["pathology"] for row in rows],
+                              {"BENIGN": 0, "BENIGN_WITHOUT_CALLBACK": 0, "MALIGNANT": 1})
+        part = images["test" if "_test_" in file.name else "train"]
         for path, label, row in zip(paths, labels, rows):
-            images[path] = (max(label, images.get(path, (0,))[0]), row["patient_id"])
-    splits = {part: Split(list(images), np.array([label for label, _ in images.values()], np.int64),
-                          [patient for _, patient in images.values()]) for part, images in splits.items() if images}
-    return Dataset("cbis-ddsm", "classes", ["benign", "malignant"], settle_patients("cbis-ddsm", splits, args.leakage),
-                   "roc_auc")
+            part[path] = (max(label, part.get(path, (0,))[0]), row["patient_id"])
+    splits = {name: Split([*part], np.array([label for label, _ in part.values()]), [p for _, p in part.values()])
+              for name, part in images.items()}
+    splits = settle_patients(splits, args.leakage)
+    return Dataset("cbis-ddsm", "classes", ["benign", "malignant"], splits, "roc_auc")
 
 
 def index_isic2019(args):
-    """ISIC_2019_Training_GroundTruth.csv (image, one-hot classes) and the JPEGs: the authors' 80/10/10 of images, or
-    of lesions with --group-split, by lesion_id of ISIC_2019_Training_Metadata.csv."""
+    """ISIC_2019_Training_GroundTruth.csv (image, one-hot classes) and the JPEGs: the authors' 80/10/10 of images,
+    or with --group-split of lesions, by lesion_id of ISIC_2019_Training_Metadata.csv."""
     root = expect(args, "ISIC_2019_Training_GroundTruth.csv")
-    file, folder, classes = root / "ISIC_2019_Training_GroundTruth.csv", root / "ISIC_2019_Training_Input", \
-        SPECS["isic2019"][-1].split(", ")
-    rows = read_csv(file, ["image", *classes])
+    file, classes = root / "ISIC_2019_Training_GroundTruth.csv", SPECS["isic2019"][-1].split(", ")
+    rows, groups = read_csv(file, ["image", *classes]), None
     names = [row["image"] for row in rows]
-    hot = [" ".join(c for c in [*classes, "UNK"] if row.get(c, "0").strip() not in ("0", "0.0")) for row in rows]
+    hot = [" ".join(c for c in [*classes, "UNK"] if row.get(c, "0") not in ("0", "0.0")) for row in rows]
     labels = known_labels(file, names, hot, {name: i for i, name in enumerate(classes)})
-    paths = listed_images(args, file, [f"{name}.jpg" for name in names], [folder, root / "train", folder / folder.name])
-    groups = None
+    paths = listed_images(args, file, [f"{name}.jpg" for name in names],
+                          [root / "ISIC_2019_Training_Input", root / "train"])
     if args.group_split:
         meta = read_csv(root / "ISIC_2019_Training_Metadata.csv", ["image", "lesion_id"])
         lesions = {row["image"]: row["lesion_id"] for row in meta}
-        groups = [lesions.get(name) or name for name in names]  # 2,084 images have no lesion_id
+        groups = [lesions.get(name) or name for name in names]  # some 2,000 images name no lesion
     return specified("isic2019", random_split(Split(paths, labels, groups), 0.2, args.split_seed, groups))
 
 
 def index_chexpert(args):
-    """train.csv (Path, ..., 14 labels), sorted by Path, the first 20 % of it held out by patient. Blank and -1 are 0
-    (U-zeros); a row without a positive is No Finding. --view frontal takes the same patients' frontal images."""
-    root = expect(args, "train.csv", inside=("CheXpert-v1.0-small", "CheXpert-v1.0"))
-    classes, values = SPECS["chexpert"][-1].split(", "), {"": 0, "0": 0, "0.0": 0, "-1": 0, "-1.0": 0, "1": 1, "1.0": 1}
-    rows = read_csv(root / "train.csv", ["Path", "Frontal/Lateral", *classes])
-    rows.sort(key=lambda row: row["Path"])
-    try:
-        labels = np.array([[values[row[name]] for name in classes] for row in rows], np.float32)
-    except KeyError:
-        wrong = [f"{row[c]!r} of {row['Path']}" for row in rows for c in classes if row[c] not in values]
-        fail(f"{root / 'train.csv'}: {len(wrong)} labels are none of blank, 0, 1, -1: {some(wrong, 20)}")
+    """train.csv (Path, ..., 14 labels) sorted by Path, its first 20 % held out, whole patients. Blank and -1 are 0
+    (U-zeros); a row without a positive is No Finding. --view frontal: the frontal images of the same patients."""
+    file = expect(args, "train.csv", inside=("CheXpert-v1.0-small", "CheXpert-v1.0")) / "train.csv"
+    known = {"": 0, "0": 0, "0.0": 0, "-1": 0, "-1.0": 0, "1": 1, "1.0": 1}
+    classes = SPECS["chexpert"][-1].split(", ")
+
+    def parse(row):  # a table of 224,316 dicts would take half a gigabyte
+        row = dict(row)
+        name = re.sub(r"^CheXpert-v1\.0[^/]*/", "", row["Path"])
+        return name, row["Frontal/Lateral"] == "Frontal", bytes(known.get(row[label], 9) for label in classes)
+    names, frontal, labels = zip(*sorted(read_csv(file, ["Path", "Frontal/Lateral", *classes], parse)))
+    labels = np.frombuffer(b"".join(labels), np.uint8).reshape(-1, len(classes)).astype(np.float32)
+    wrong = [f"{classes[k]} of {names[i]}" for i, k in np.argwhere(labels == 9)]
+    if wrong:
+        fail(f"{file}: {len(wrong)} labels are none of blank, 0, 1, -1: {some(wrong, 20)}")
     labels[labels.sum(1) == 0, 0] = 1
-    names = [re.sub(r"^CheXpert-v1\.0[^/]*/", "", row["Path"]) for row in rows]
     patients = [sys.intern((re.search(r"patient\d+", name) or [name])[0]) for name in names]
-    frontal = np.array([row["Frontal/Lateral"].strip() == "Frontal" for row in rows])
-    every = Split(resolve_paths(root / "train.csv", names, [root], args.skip_broken), labels, patients, list(frontal))
-    splits = random_split(every, 0.2, None, patients)
-    for part, split in splits.items():  # filtered after the split, so that both views share it
-        splits[part] = split.take(np.flatnonzero(split.masks)) if args.view == "frontal" else split
-        splits[part].masks = None
-    return specified("chexpert", splits)
+    wanted = [front or args.view == "all" for front in frontal]  # the others go after the split, which both share
+    found = [name for name, is_wanted in zip(names, wanted) if is_wanted]
+    found = iter(resolve_paths(file, found, [file.parent], args.skip_broken))
+    paths = [next(found) if is_wanted else None for is_wanted in wanted]
+    return specified("chexpert", random_split(Split(paths, labels, patients), 0.2, None, patients))
 
 
 def index_camelyon(args):
     """PatchCamelyon's camelyonpatch_level_2_split_{train,valid,test}_{x,y}.h5, its official split; or
     {train,valid,test}_labels.csv (id, label) with {train,valid,test}/{id}.tif or .png, train at least."""
     root, splits, parts = data_folder(args), {}, {"train": "train", "valid": "val", "test": "test"}
+    stem = "camelyonpatch_level_2_split"
     if any(root.glob("camelyonpatch_*")):
-        stem = "camelyonpatch_level_2_split"
         expect(args, *(f"{stem}_{part}_{what}.h5" for part in parts for what in "xy"))
         for name, part in parts.items():
-            labels, patches = read_hdf5(root / f"{stem}_{name}_y.h5", "y"), read_hdf5(root / f"{stem}_{name}_x.h5", "x")
-            if len(labels) != len(patches) or patches.shape[3:] != (3,) or patches.dtype != np.uint8:
-                fail(f"{root}/{stem}_{name}_x.h5: {patches.shape} {patches.dtype} for {len(labels)} labels; expected "
-                     "(N, 96, 96, 3) uint8")
-            splits[part] = Split([f"{root}/{stem}_{name}_x.h5:{i}" for i in range(len(labels))],
-                                 labels[:].reshape(-1).astype(np.int64))
+            x, y = (read_hdf5(root / f"{stem}_{name}_{what}.h5", what) for what in "xy")
+            if len(x) != len(y) or x.shape[3:] != (3,) or x.dtype != np.uint8:
+                fail(f"{root}/{stem}_{name}_x.h5: {x.shape} {x.dtype} for {len(y)} labels; "
+                     "expected (N, 96, 96, 3) uint8")
+            splits[part] = Split([f"{root}/{stem}_{name}_x.h5:{i}" for i in range(len(y))],
+                                 y[:].reshape(-1).astype(np.int64))
         return specified("camelyon", splits)
     expect(args, "train_labels.csv", "train")
     for name, part in parts.items():
-        file = root / f"{name}_labels.csv"
-        if file.exists():
+        if (file := root / f"{name}_labels.csv").exists():
             rows = read_csv(file, ["id", "label"])
             suffix = ".png" if (root / name / f"{rows[0]['id']}.png").is_file() else ".tif"
             names = [row["id"] + suffix for row in rows]
@@ -454,14 +459,14 @@ def index_camelyon(args):
 
 
 def index_isic2018(args):
-    """ISIC2018_Task1-2_Training_Input/{id}.jpg and ISIC2018_Task1_Training_GroundTruth/{id}_segmentation.png: 80/10/10
+    """ISIC2018_Task1-2_Training_Input/{id}.jpg, ISIC2018_Task1_Training_GroundTruth/{id}_segmentation.png: 80/10/10
     of the sorted ids; where the official Test folders are there they are test, and train gets that tenth."""
     def pairs(part):
         images, masks = f"ISIC2018_Task1-2_{part}_Input", f"ISIC2018_Task1_{part}_GroundTruth"
         root = expect(args, images, masks)
         paths = [path for path in images_under(root / images) if path.endswith(".jpg")]
-        return Split(paths, masks=resolve_paths(root / images, [f"{Path(path).stem}_segmentation.png" for path in paths],
-                                                [root / masks]))
+        names = [f"{Path(path).stem}_segmentation.png" for path in paths]
+        return Split(paths, masks=resolve_paths(root / images, names, [root / masks]))
     splits = random_split(pairs("Training"), 0.2, args.split_seed)
     if (data_folder(args) / "ISIC2018_Task1-2_Test_Input").is_dir():
         splits.update(train=join([splits["train"], splits["test"]]), test=pairs("Test"))
@@ -469,73 +474,71 @@ def index_isic2018(args):
 
 
 def index_csaws(args):
-    """CSAW-S: anonymized_dataset/{patient}/{patient}_{n}.png with a binary map {patient}_{n}_{name}.png a class, the
+    """CSAW-S: anonymized_dataset/{patient}/{patient}_{n}.png with binary maps {patient}_{n}_{class}.png, the
     owners' 20 validation patients, test_data/ with annotators 1 to 3. --tissue takes all 11 classes."""
     root = expect(args, "anonymized_dataset", "test_data", inside=("CsawS",))
-    names = CSAWS_MAPS if args.tissue else CSAWS_MAPS[:1]
+    wanted = CSAWS_MAPS if args.tissue else CSAWS_MAPS[:1]
 
     def scans(folder):  # {stem: path}; an 8-bit duplicate sorts behind its original and takes its place
-        matches = ((re.fullmatch(r"(\w+?_\d+)(_8bit)?\.png", Path(path).name), path) for path in images_under(folder))
-        return {match[1]: path for match, path in matches if match}
+        matches = [re.fullmatch(r".*/(\w+_\d+?)(_8bit)?\.png", path) for path in images_under(folder)]
+        return {match[1]: match[0] for match in matches if match}
 
-    def merge(stems, folder):  # [(class, map), ...] an image; a map that is not there is a class that is not there
-        items, missing = [], []
+    def masks(stems, folder):  # a map that is not there is a class that is not there; none at all is a mistake
+        items = []
         for stem in stems:
-            place = folder / stem.rsplit("_", 1)[0]
-            maps = {name: place / f"{stem}_{name}{end}.png" for end in ("_8bit", "") for name in CSAWS_MAPS
-                    if (place / f"{stem}_{name}{end}.png").is_file()}
-            items.append([(i, str(maps[name])) for i, name in reversed([*enumerate(names, 1)]) if name in maps]
-                         or [(0, str(path)) for path in maps.values()][:1])
-            missing += [] if maps else [stem]
+            place = {name: folder / stem.rsplit("_", 1)[0] / f"{stem}_{name}" for name in CSAWS_MAPS}
+            maps = {name: f"{path}{end}.png" for name, path in place.items() for end in ("_8bit", "")
+                    if os.path.isfile(f"{path}{end}.png")}
+            items.append([(i, maps[name]) for i, name in [*enumerate(wanted, 1)][::-1] if name in maps]
+                         or [(0, path) for path in maps.values()][:1])
+        missing = [stem for stem, item in zip(stems, items) if not item]
         if missing:
             fail(f"{folder}: {len(missing)} of {len(items)} scans have no map such as {missing[0]}_cancer.png: "
                  f"{some(missing, 100)}")
         return items
-    found, tests = scans(root / "anonymized_dataset"), scans(root / "test_data" / "anonymized_dataset")
-    patient = lambda stem: stem.rsplit("_", 1)[0]  # noqa: E731
-    every = Split([*found.values()], groups=[*map(patient, found)], masks=merge(found, root / "anonymized_dataset"))
-    is_val = np.array([group in CSAWS_VAL for group in every.groups])
-    splits = {name: every.take(keep) for name, keep in (("train", np.flatnonzero(~is_val)), ("val", np.flatnonzero(is_val)))
-              if len(keep)}
-    experts = {f"annotator_{k}": merge(tests, root / "test_data" / f"annotator_{k}") for k in (1, 2, 3)}
-    splits["test"] = Split([*tests.values()], groups=[*map(patient, tests)], masks=experts["annotator_1"])
-    dataset = specified("csaws", splits)
-    dataset.classes = ["background", "tumour", *names[1:]]
-    dataset.annotators = {name: dict(zip(tests.values(), masks)) for name, masks in experts.items()}
+    train, test = scans(root / "anonymized_dataset"), scans(root / "test_data" / "anonymized_dataset")
+    every, tests = (Split([*found.values()], groups=[stem.rsplit("_", 1)[0] for stem in found])
+                    for found in (train, test))
+    every.masks = masks(train, root / "anonymized_dataset")
+    experts = {f"annotator_{k}": masks(test, root / "test_data" / f"annotator_{k}") for k in (1, 2, 3)}
+    tests.masks, is_val = experts["annotator_1"], np.isin(every.groups, CSAWS_VAL)
+    dataset = specified("csaws", {"train": every.take(np.flatnonzero(~is_val)), "test": tests})
+    if is_val.any():
+        dataset.splits["val"] = every.take(np.flatnonzero(is_val))
+    dataset.classes = ["background", "tumour", *wanted[1:]]
+    dataset.annotators = {name: dict(zip(tests.paths, items)) for name, items in experts.items()}
     return dataset
 
 
-INDEX = {"demo": index_demo, "folder": index_folder, "csv": index_csv, "aptos2019": index_aptos2019, "ddsm": index_ddsm,
-         "isic2019": index_isic2019, "chexpert": index_chexpert, "camelyon": index_camelyon, "isic2018": index_isic2018,
-         "csaws": index_csaws}
+INDEX = {"demo": index_demo, "folder": index_folder, "csv": index_csv, "aptos2019": index_aptos2019,
+         "ddsm": index_ddsm, "isic2019": index_isic2019, "chexpert": index_chexpert, "camelyon": index_camelyon,
+         "isic2018": index_isic2018, "csaws": index_csaws}
 
 
 def read_split_file(dataset, args):
-    """Put the images into the splits that --split-file names."""
-    every, prefix = join(list(dataset.splits.values())), f"{Path(args.data_dir or '.')}/"
-    where = {path.removeprefix(prefix): i for i, path in enumerate(every.paths) if path}
+    """Put the images into the splits that --split-file names by their paths below --data-dir."""
+    every, root = join(list(dataset.splits.values())), f"{Path(args.data_dir or '.')}/"
+    where = {path.removeprefix(root): i for i, path in enumerate(every.paths)}
     try:
-        names = {part: json.loads(Path(args.split_file).read_text())[part] for part in ("train", "val", "test")}
+        parts = {part: json.loads(Path(args.split_file).read_text())[part] for part in ("train", "val", "test")}
+        unknown = [name for names in parts.values() for name in names if name not in where]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        fail(f"--split-file {args.split_file}: not a JSON of train, val and test ({type(error).__name__}: {error})")
-    unknown = [name for part in names.values() for name in part if name not in where]
+        fail(f"--split-file {args.split_file}: not a JSON of train, val and test ({error!r})")
     if unknown:
-        fail(f"--split-file {args.split_file}: {len(unknown)} images are not in {dataset.name}: {some(unknown, 20)}")
-    dataset.splits = {part: every.take([where[name] for name in listed]) for part, listed in names.items()}
-    unused = len(where) - len({name for part in names.values() for name in part})
-    say(f"split read from {args.split_file}" + (f"; {unused} images are not in it and left out" if unused else ""))
+        fail(f"--split-file {args.split_file}: {len(unknown)} images are not in the data: {some(unknown, 20)}")
+    dataset.splits = {part: every.take([where[name] for name in names]) for part, names in parts.items()}
+    say(f"split read from {args.split_file}; {len(where) - sum(dataset.counts.values())} images are not in it")
 
 
 def write_split_file(dataset, args):
     """Write --split-file: {"train": [paths below --data-dir], "val": ..., "test": ...}."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        prefix = f"{Path(args.data_dir or '.')}/"
-        try:
-            write_json(args.split_file, {part: [path.removeprefix(prefix) for path in split.paths]
-                                         for part, split in dataset.splits.items()})
-        except OSError as error:
-            fail(f"--split-file {args.split_file} cannot be written ({error})")
-        say(f"split written to {args.split_file}")
+    root = f"{Path(args.data_dir or '.')}/"
+    try:
+        write_json(args.split_file, {part: [path.removeprefix(root) for path in split.paths]
+                                     for part, split in dataset.splits.items()})
+    except OSError as error:
+        fail(f"--split-file {args.split_file} cannot be written ({error})")
+    say(f"split written to {args.split_file}")
 
 
 def carve(split, share, rng):
@@ -702,8 +705,8 @@ def resize_short_side(pixels, side, resample=Image.Resampling.BILINEAR):
 # ---------------------------------------------------------------- data: cache and loader ----------------------
 
 def read_hdf5(file, key):
-    """An array of an HDF5 file, read where it lies: mapped if it is stored in one piece, else through h5py, whose
-    own lock lets threads share it."""
+    """An array of an HDF5 file, read where it lies: mapped if it is in one piece, else by h5py, whose lock lets
+    threads share it."""
     try:
         import h5py
     except ImportError:
@@ -718,7 +721,7 @@ def read_hdf5(file, key):
 
 @dataclass
 class PatchStore:
-    """A Store whose images lie in HDF5 files: where (N, 2) int64 is the file and the place in it of each image."""
+    """A Store whose images stay in `arrays` of HDF5 files; where (N, 2): the array of each image and its place."""
     arrays: list
     where: np.ndarray
     shapes: np.ndarray
@@ -728,38 +731,30 @@ class PatchStore:
 
     def image(self, row):
         """Image `row`, (H, W, 3) uint8."""
-        file, place = self.where[row]
-        return self.arrays[file][place]
+        array, place = self.where[row]
+        return self.arrays[array][place]
 
 
 def open_patches(paths, args):
     """The PatchStore of images named FILE.h5:PLACE. Its hashes are computed once, into --cache-dir."""
     names, places = zip(*(path.rsplit(":", 1) for path in paths))
-    files = sorted(set(names))
-    arrays, where = [read_hdf5(file, "x") for file in files], {file: i for i, file in enumerate(files)}
-    where = np.stack([[where[name] for name in names], np.array(places, np.int64)], 1)
-    cached = Path(args.cache_dir) / f"{args.dataset}-hashes-{fingerprint(files, 0)}.npz"
+    files = {file: i for i, file in enumerate(sorted(set(names)))}
+    arrays, which = [read_hdf5(file, "x") for file in files], np.array([files[name] for name in names])
+    where = np.stack([which, np.array(places, np.int64)], 1)
+    cached = Path(args.cache_dir) / f"{args.dataset}-hashes-{fingerprint(files, 0)}.u64"
     if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not cached.exists():
-        hashes = {}
-        for file, array in zip(files, arrays):
-            digests = (hashlib.blake2b(array[i].tobytes(), digest_size=8).digest()
-                       for i in tqdm(range(len(array)), f"hashing {Path(file).name}", unit="image"))
-            hashes[Path(file).name] = np.frombuffer(b"".join(digests), np.uint64)
-
-        def save(part):
-            with open(part, "wb") as out:
-                np.savez(out, **hashes)
+        digests = [hashlib.blake2b(array[i].tobytes(), digest_size=8).digest() for array in arrays
+                   for i in tqdm(range(len(array)), "hashing", unit="image")]
         try:
             cached.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(cached, save)
+            write_atomic(cached, lambda part: part.write_bytes(b"".join(digests)))
         except OSError as error:
             fail(f"--cache-dir {args.cache_dir} cannot be written ({error}); give another")
     barrier()
-    hashes = np.load(cached)
-    hashes = [hashes[Path(file).name] for file in files]
-    shapes = np.array([array.shape[1:] for array in arrays], np.int32)[where[:, 0]]
-    every = np.concatenate(hashes)[where[:, 1] + np.cumsum([0, *map(len, hashes)])[where[:, 0]]]
-    return PatchStore(arrays, where, shapes, shapes[:, :2], every, {})
+    starts = np.cumsum([0, *map(len, arrays)])
+    shapes = np.array([array.shape[1:] for array in arrays], np.int32)[which]
+    hashes = np.fromfile(cached, np.uint64)[starts[which] + where[:, 1]]
+    return PatchStore(arrays, where, shapes, shapes[:, :2], hashes, {})
 
 
 @dataclass
@@ -910,13 +905,13 @@ def load_dataset(args, check=True, decode_mask=None):
     """Index, complete, cache and check the dataset that the arguments name; nothing is trained on yet.
     decode_mask(item of Split.masks, number of classes) -> (H, W, 1) uint8 asks for the masks too."""
     dataset = INDEX[args.dataset](args)
-    for name, split in dataset.splits.items():  # listed, missing, and left out by --skip-broken
+    for name, split in dataset.splits.items():  # None: left out by --skip-broken or --view
         dataset.splits[name] = split.take([i for i, path in enumerate(split.paths) if path])
     has_split = args.split_file and Path(args.split_file).exists()
     if has_split:
         read_split_file(dataset, args)
     complete_splits(dataset, args.split_seed)
-    if args.split_file and not has_split:
+    if args.split_file and not has_split and int(os.environ.get("RANK", 0)) == 0:
         write_split_file(dataset, args)
     if args.metric:
         dataset.metric = args.metric
@@ -1429,9 +1424,9 @@ def make_parser(description, image_size=224):
     data.add_argument("--label-column", default="label", help="csv: one column of classes, or several of 0/1")
     data.add_argument("--split-column", help="csv: column with train, val, test (default: carve 70/15/15)")
     data.add_argument("--group-column", help="csv: column with the patient, who stays in one split")
-    data.add_argument("--view", default="all", choices=["frontal", "all"], help="chexpert: which views (default all)")
-    data.add_argument("--tissue", action="store_true", help="csaws: all 11 classes of tissue, not the tumour alone")
-    data.add_argument("--group-split", action="store_true", help="isic2019: keep the images of a lesion in one split")
+    data.add_argument("--view", default="all", choices=["frontal", "all"], help="chexpert: views (default all)")
+    data.add_argument("--tissue", action="store_true", help="csaws: all 11 tissues, not the tumour alone")
+    data.add_argument("--group-split", action="store_true", help="isic2019: a lesion stays in one split")
     data.add_argument("--split-file", help="JSON of the split: read if it is there, else written")
     data.add_argument("--metric", choices=METRICS, help="headline metric (default: the dataset's)")
     data.add_argument("--cache-dir", default="cache", help="where decoded images are kept (default ./cache)")
@@ -1844,65 +1839,67 @@ def draw_confusion(path, table, classes):
     write_atomic(path, lambda part: picture.save(part, "PNG"))
 
 
-# ---------------------------------------------------------------- python common.py: look at a dataset ----------
+# ---------------------------------------------------------------- python common.py: look at a dataset ---------
 
 def outlined(pixels, item):
     """An image (H, W, C) uint8 with the outline of each map of an item of Split.masks, a colour a class."""
     image = np.repeat(pixels, 3 // pixels.shape[2], 2)
     for index, path in item if isinstance(item, list) else [(1, item)]:
-        mask = Image.fromarray(demo_image(int(path[10:]))[1]) if path.startswith("demo-mask/") else Image.open(path)
-        inside = np.pad(np.asarray(mask.convert("L").resize(image.shape[1::-1], Image.Resampling.NEAREST)) > 0, 2)
+        is_demo = path.startswith("demo-mask/")
+        mask = Image.fromarray(demo_image(int(path[10:]))[1]) if is_demo else Image.open(path)
+        mask = mask.convert("L").resize(image.shape[1::-1], Image.Resampling.NEAREST)
+        inside = np.pad(np.asarray(mask) > 0, 2)
         core = inside[4:, 2:-2] & inside[:-4, 2:-2] & inside[2:-2, 4:] & inside[2:-2, :-4]
-        image[inside[2:-2, 2:-2] & ~core] = ImageColor.getrgb(COLOURS[(index - 1) % len(COLOURS)])
+        image[inside[2:-2, 2:-2] & ~core] = ImageColor.getrgb(COLOURS[index % len(COLOURS)])
     return image
 
 
 def contact_sheet(path, dataset, count=6):
-    """Draw `count` training images of each class (rows), or 4 rows of images with the outlines of their masks."""
+    """Draw training images, `count` of each class a row, or 4 rows with the outlines of their masks."""
     split, rows, names = dataset.splits["train"], [], []
-    for i, name in enumerate(dataset.classes if dataset.task != "masks" else [None] * 4):
-        at = np.arange(i, len(split), 4) if name is None else np.flatnonzero(
-            split.labels == i if split.labels.ndim == 1 else split.labels[:, i])
-        at = at[np.linspace(0, len(at) - 1, min(count, len(at))).astype(int)]
-        rows.append([outlined(dataset.store.image(split.rows[k]), split.masks[k]) if split.masks else
-                     dataset.store.image(split.rows[k]) for k in at])
-        names.append("\n".join((name or "").split()))
-    draw_grid(path, rows, row_labels=names if names[0] else None, title=f"{dataset.name}: train")
+    spread = lambda at, most: at[np.linspace(0, len(at) - 1, min(most, len(at))).astype(int)]  # noqa: E731
+    if split.labels is None:
+        picks = np.array_split(spread(np.arange(len(split)), 4 * count), math.ceil(min(len(split) / count, 4)))
+    else:
+        hot = split.labels if split.labels.ndim > 1 else np.eye(len(dataset.classes))[split.labels]
+        picks = [spread(np.flatnonzero(column), count) for column in hot.T]
+        names = [textwrap.fill(name, 13) for name in dataset.classes]
+    for at in picks:
+        pictures = [dataset.store.image(row) for row in split.rows[at]]
+        rows.append([outlined(p, split.masks[k]) for p, k in zip(pictures, at)] if split.masks else pictures)
+    draw_grid(path, rows, row_labels=names, title=f"{dataset.name}: train")
 
 
 def main():
     """python common.py --dataset NAME --data-dir DIR: what was understood of a dataset, and a contact sheet."""
     args = parse(make_parser(main.__doc__)[0])
     dataset = load_dataset(args)
-    splits, store = dataset.splits, dataset.store
-    paths = [path for split in splits.values() for path in split.paths]
-    rows = np.concatenate([split.rows for split in splits.values()])
-    table = [["images", *(len(split) for split in splits.values())]]
+    splits, store, sizes, bits = list(dataset.splits.values()), dataset.store, Counter(), Counter()
+    table = [["images", *map(len, splits)]]
     for i, name in enumerate(dataset.classes if dataset.task != "masks" else []):
-        table.append([f"  {name}", *(int((split.labels == i if split.labels.ndim == 1 else split.labels[:, i] > 0).sum())
-                                     for split in splits.values())])
-    if next(iter(splits.values())).groups:
-        table.append(["patients or lesions", *(len(set(split.groups)) for split in splits.values())])
-    print_table(["", *splits], table)
-    looked = [paths[i] for i in np.linspace(0, len(paths) - 1, min(len(paths), 1000)).astype(int)]
-    sizes, bits = Counter(), Counter()
-    for path in looked:
-        if os.path.isfile(path):
-            with Image.open(path) as image:
+        flags = [split.labels == i if split.labels.ndim == 1 else split.labels[:, i] > 0 for split in splits]
+        table.append([f"  {name}", *(int(flag.sum()) for flag in flags)])
+    if splits[0].groups:
+        table.append(["patients or lesions", *(len(set(split.groups)) for split in splits)])
+    print_table(["", *dataset.splits], table)
+    every, rows = join(splits), np.concatenate([split.rows for split in splits])
+    for i in np.linspace(0, len(rows) - 1, min(len(rows), 1000)).astype(int):  # headers alone: quick on any disk
+        if os.path.isfile(every.paths[i]):
+            with Image.open(every.paths[i]) as image:
                 sizes[image.size] += 1
                 bits[{"1": 1, "I": 16, "F": 32}.get(image.mode.split(";")[0], 8)] += 1
-    sizes = sizes or Counter(map(tuple, store.sizes[rows][:, ::-1].tolist()))
-    (width, height), (most, _) = np.median(list(sizes.elements()), axis=0), sizes.most_common(1)[0]
-    say(f"sizes: {len(sizes)} among {sizes.total()} images, median {width:.0f}x{height:.0f}, smallest short side "
-        f"{min(map(min, sizes))}, largest long side {max(map(max, sizes))}, most often {most[0]}x{most[1]}")
-    say("bits a channel: " + ", ".join(f"{n} ({count} of {len(looked)})" for n, count in bits.items()) if bits else
-        "bits a channel: 8")
-    say("channels: " + ", ".join(f"{n} ({count} images)" for n, count in
-                                 sorted(Counter(store.shapes[rows][:, 2].tolist()).items())))
-    say(f"duplicates: {len(rows) - len(np.unique(store.hashes[rows]))} images equal another one, pixel for pixel"
-        + "".join(f"; {count} {name.replace('_', ' ')}" for name, count in dataset.leakage.items() if count))
-    say(f"mean {[*dataset.mean]}, standard deviation {[*dataset.std]}, headline metric {dataset.metric}")
-    sheet = Path(args.output or f"{dataset.name}.png")
+        else:
+            sizes[tuple(store.sizes[rows[i]][::-1].tolist())] += 1
+            bits[8] += 1
+    (width, height), count = sizes.most_common(1)[0]
+    say(f"sizes: most often {width}x{height} ({count} of {sizes.total()} looked at), short side from "
+        f"{min(map(min, sizes))}, long side to {max(map(max, sizes))}")
+    for what, found in (("bits a channel", bits), ("channels", Counter(store.shapes[rows][:, 2].tolist()))):
+        say(f"{what}: " + ", ".join(f"{value} ({n} images)" for value, n in sorted(found.items())))
+    leaks = [f"; {n} {name.replace('_', ' ')}" for name, n in dataset.leakage.items() if n]
+    say(f"duplicates: {len(rows) - len(np.unique(store.hashes[rows]))} images equal another one" + "".join(leaks))
+    say(f"mean {dataset.mean}, standard deviation {dataset.std}, headline metric {dataset.metric}")
+    sheet = args.output or f"{dataset.name}.png"
     contact_sheet(sheet, dataset)
     say(f"written: {sheet}")
 
