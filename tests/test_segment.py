@@ -83,7 +83,7 @@ def test_learns_and_writes_what_the_design_names(mask_data, tmp_path):
     done = stage("segment.py", *FOLDER, "--init", "run/model.pt", "--epochs", "1", "--batch-size", "4", *TINY,
                  "--csv", "data/labels.csv", "--split-column", "split", "--group-column", "patient",
                  "--output", "again", cwd=tmp_path)
-    assert "backbone tensors loaded" in done.stdout and metrics(tmp_path / "again")["init"] == "run"
+    assert "backbone tensors loaded" in done.stdout and metrics(tmp_path / "again")["init"] == "segmenter"
 
 
 def test_two_processes_equal_one(mask_data, tmp_path):
