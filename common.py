@@ -65,8 +65,7 @@ def some(names, most=5):
 @dataclass
 class Split:
     """The images of one split: paths (N), labels (N,) int64 or (N, L) float32 or None, groups (N) such as
-    patients or None, masks (N) paths, lists of (class index, path of a binary map), later ones on top, or None,
-    rows (N,) int64: where each image stands in the store."""
+    patients or None, masks (N) paths or None, rows (N,) int64: where each image stands in the store."""
     paths: list
     labels: np.ndarray = None
     groups: list = None
@@ -88,8 +87,7 @@ class Split:
 class Dataset:
     """task: "classes", "multilabel" or "masks"; splits: {"train", "val", "test": Split}; metric: the name of
     the headline; mean, std: three numbers in [0, 1]; store: the cached pixels of all splits; mask_store: their
-    masks, in the same rows; annotators: where a test set has several, {name: {image path: an item as in
-    Split.masks}}; Split.masks has the first one's."""
+    masks, in the same rows."""
     name: str
     task: str
     classes: list
@@ -100,7 +98,7 @@ class Dataset:
     store: object = None
     mask_store: object = None
     leakage: dict = field(default_factory=dict)
-    annotators: dict = None
+    annotators: dict = None  # of test: {name: {image path: an item of masks}}; Split.masks has the first one's
 
     @property
     def counts(self):
