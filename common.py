@@ -98,7 +98,7 @@ class Dataset:
     store: object = None
     mask_store: object = None
     leakage: dict = field(default_factory=dict)
-    annotators: dict = None  # of test: {name: {image path: an item of masks}}; Split.masks has the first one's
+    annotators: dict = None  # of test: {name: {image path: an item of masks}}; Split.masks has the first's
 
     @property
     def counts(self):
@@ -163,8 +163,8 @@ def index_folder(args):
 
 
 def read_csv(file, columns, parse=dict):
-    """Rows of a CSV as dicts (BOM and CRLF are fine); every name in `columns` must stand in its head. Of a long
-    table parse(row) keeps less than all."""
+    """Rows of a CSV as dicts (BOM and CRLF are fine); every name in `columns` must stand in its head.
+    Of a long table parse(row) keeps less than all."""
     if not Path(file).is_file():
         fail(f"{file}: there is no such CSV file")
     with open(file, encoding="utf-8-sig", newline="") as lines:
@@ -180,8 +180,8 @@ def read_csv(file, columns, parse=dict):
 
 
 def resolve_paths(file, names, folders, skip=None):
-    """Where the images that `file` lists really are: each name under the first of `folders` that has it. All that
-    are nowhere are named in one error; skip=True (--skip-broken) says them and gives None in their place."""
+    """Where the images that `file` lists really are: each name under the first of `folders` that has it.
+    All that are nowhere are named in one error; with skip=True (--skip-broken) they are None."""
     paths, missing = [], []
     for name in names:
         found = next((path for path in (os.path.join(folder, name) for folder in folders)
@@ -237,7 +237,7 @@ def index_csv(args):
                    {name: every.take(parts[name]) for name in ("train", "val", "test") if name in parts})
 
 
-# ---------------------------------------------------------------- data: the paper's datasets ------------------
+# ---------------------------------------------------------------- data: the paper's datasets ----------------
 
 # task, headline metric, channels, mean, std (None: measured on train), classes
 SPECS = {
@@ -298,8 +298,8 @@ def listed_images(args, file, names, folders):
 
 
 def random_split(every, share, seed, groups=None):
-    """The authors' split: shuffled by Python's random.Random(seed), the first int(N * share) held out, half of
-    them val, half test. seed=None keeps the order; of groups (N) each stays whole: a cut moves to its end."""
+    """The authors' split: shuffled by Python's random.Random(seed), the first int(N * share) held out, half
+    of them val, half test. seed=None keeps the order; groups (N) stay whole: a cut moves to one's end."""
     members = defaultdict(list)
     for i in range(len(every)):
         members[groups[i] if groups else i].append(i)
@@ -322,8 +322,8 @@ def join(splits):
 
 
 def settle_patients(splits, mode):
-    """Splits as published may tear patients apart: as --leakage says, warn (and keep them as they are), stop, or
-    drop their images from train (from val, where test has them)."""
+    """Splits as published may tear patients apart: as --leakage says, warn (and keep them as they are), stop,
+    or drop their images from train (from val, where test has them)."""
     for outer in [name for name in ("train", "val") if name in splits]:
         others = {g for name, split in splits.items() if (outer, name) in
                   (("train", "val"), ("train", "test"), ("val", "test")) for g in split.groups}
@@ -333,8 +333,8 @@ def settle_patients(splits, mode):
             message = f"{len(names)} patients of {outer} also stand in a later split: {some(names)}"
             if mode == "error":
                 fail(f"{message}; --leakage drop takes them out of {outer}")
-            say(f"WARNING: {message}; " + (f"taken out of {outer}" if mode == "drop" else "scores will flatter"))
-            splits[outer] = splits[outer].take([i for i, is_torn in enumerate(torn) if not is_torn or mode == "warn"])
+            say(f"WARNING: {message}; {'scores will flatter' if mode == 'warn' else 'taken out of ' + outer}")
+            splits[outer] = splits[outer].take(np.flatnonzero(~np.array(torn) | (mode == "warn")))
             splits[outer].groups = [f"{g} ({outer})" if g in others else g for g in splits[outer].groups]
     return splits
 
@@ -355,7 +355,8 @@ def index_ddsm(args):
     if any(data_folder(args).rglob("*_case_description_t*_set.csv")):
         return index_cbis_ddsm(args)
     lists = {part: f"ddsm_raw_image_lists/{part}.txt" for part in ("train", "val", "test")}
-    root, splits, known = expect(args, "ddsm_raw", *lists.values()), {}, {"normal": 0, "benign": 1, "cancer": 1}
+    known, splits = {"normal": 0, "benign": 1, "cancer": 1}, {}
+    root = expect(args, "ddsm_raw", *lists.values())
     for part, file in lists.items():
         names = [line.strip() for line in (root / file).read_text("utf-8-sig").splitlines() if line.strip()]
         bases = [os.path.basename(name) for name in names]
@@ -367,8 +368,8 @@ def index_ddsm(args):
 
 
 def index_cbis_ddsm(args):
-    """CBIS-DDSM: {mass,calc}_case_description_{train,test}_set.csv of TCIA and its full mammograms as PNG or JPEG,
-    named or foldered by the series or the case of "image file path". One MALIGNANT lesion: a malignant image."""
+    """CBIS-DDSM: {mass,calc}_case_description_{train,test}_set.csv of TCIA and the full mammograms as PNG or
+    JPEG, named (or their folder) by series or case of "image file path". One MALIGNANT lesion decides."""
     root, images = data_folder(args), defaultdict(dict)
     files = {name: path for path in images_under(root) for name in (Path(path).stem, Path(path).parent.name)}
     for file in sorted(root.rglob("*_case_description_t*_set.csv")):
@@ -381,15 +382,19 @@ def index_cbis_ddsm(args):
         part = images["test" if "_test_" in file.name else "train"]
         for path, label, row in zip(paths, labels, rows):
             part[path] = (max(label, part.get(path, (0,))[0]), row["patient_id"])
-    splits = {name: Split([*part], np.array([label for label, _ in part.values()]), [p for _, p in part.values()])
-              for name, part in images.items()}
+    if "train" not in images:
+        fail(f"{root}: no mass or calc_case_description_train_set.csv in it; found {some(os.listdir(root), 12)}")
+    splits = {}
+    for name, part in images.items():
+        labels, patients = zip(*part.values())
+        splits[name] = Split([*part], np.array(labels), [*patients])
     splits = settle_patients(splits, args.leakage)
     return Dataset("cbis-ddsm", "classes", ["benign", "malignant"], splits, "roc_auc")
 
 
 def index_isic2019(args):
-    """ISIC_2019_Training_GroundTruth.csv (image, one-hot classes) and the JPEGs: the authors' 80/10/10 of images,
-    or with --group-split of lesions, by lesion_id of ISIC_2019_Training_Metadata.csv."""
+    """ISIC_2019_Training_GroundTruth.csv (image, one-hot classes) and the JPEGs: the authors' 80/10/10 of
+    images, or with --group-split of lesions, by lesion_id of ISIC_2019_Training_Metadata.csv."""
     root = expect(args, "ISIC_2019_Training_GroundTruth.csv")
     file, classes = root / "ISIC_2019_Training_GroundTruth.csv", SPECS["isic2019"][-1].split(", ")
     rows, groups = read_csv(file, ["image", *classes]), None
@@ -406,8 +411,8 @@ def index_isic2019(args):
 
 
 def index_chexpert(args):
-    """train.csv (Path, ..., 14 labels) sorted by Path, its first 20 % held out, whole patients. Blank and -1 are 0
-    (U-zeros); a row without a positive is No Finding. --view frontal: the frontal images of the same patients."""
+    """train.csv (Path, ..., 14 labels) sorted by Path, its first 20 % held out, whole patients. Blank and -1
+    are 0 (U-zeros), a row without a positive is No Finding. --view frontal leaves lateral images out."""
     file = expect(args, "train.csv", inside=("CheXpert-v1.0-small", "CheXpert-v1.0")) / "train.csv"
     known = {"": 0, "0": 0, "0.0": 0, "-1": 0, "-1.0": 0, "1": 1, "1.0": 1}
     classes = SPECS["chexpert"][-1].split(", ")
@@ -423,7 +428,7 @@ def index_chexpert(args):
         fail(f"{file}: {len(wrong)} labels are none of blank, 0, 1, -1: {some(wrong, 20)}")
     labels[labels.sum(1) == 0, 0] = 1
     patients = [sys.intern((re.search(r"patient\d+", name) or [name])[0]) for name in names]
-    wanted = [front or args.view == "all" for front in frontal]  # the others go after the split, which both share
+    wanted = [front or args.view == "all" for front in frontal]  # the rest goes after the split
     found = [name for name, is_wanted in zip(names, wanted) if is_wanted]
     found = iter(resolve_paths(file, found, [file.parent], args.skip_broken))
     paths = [next(found) if is_wanted else None for is_wanted in wanted]
@@ -457,8 +462,8 @@ def index_camelyon(args):
 
 
 def index_isic2018(args):
-    """ISIC2018_Task1-2_Training_Input/{id}.jpg, ISIC2018_Task1_Training_GroundTruth/{id}_segmentation.png: 80/10/10
-    of the sorted ids; where the official Test folders are there they are test, and train gets that tenth."""
+    """ISIC2018_Task1-2_Training_Input/{id}.jpg, ISIC2018_Task1_Training_GroundTruth/{id}_segmentation.png:
+    80/10/10 of the sorted ids; official Test folders, if there, are test, and train gets that tenth."""
     def pairs(part):
         images, masks = f"ISIC2018_Task1-2_{part}_Input", f"ISIC2018_Task1_{part}_GroundTruth"
         root = expect(args, images, masks)
@@ -479,9 +484,9 @@ def index_csaws(args):
 
     def scans(folder):  # {stem: path}; an 8-bit duplicate sorts behind its original and takes its place
         matches = [re.fullmatch(r".*/(\w+_\d+?)(_8bit)?\.png", path) for path in images_under(folder)]
-        return {match[1]: match[0] for match in matches if match}
+        return {match[1]: match[0] for match in matches if match} or fail(f"{folder}: no scan such as 000/000_0.png")
 
-    def masks(stems, folder):  # a map that is not there is a class that is not there; none at all is a mistake
+    def masks(stems, folder):  # a missing map is a class that is not there; none at all is a mistake
         items = []
         for stem in stems:
             place = {name: folder / stem.rsplit("_", 1)[0] / f"{stem}_{name}" for name in CSAWS_MAPS}
@@ -491,8 +496,8 @@ def index_csaws(args):
                          or [(0, path) for path in maps.values()][:1])
         missing = [stem for stem, item in zip(stems, items) if not item]
         if missing:
-            fail(f"{folder}: {len(missing)} of {len(items)} scans have no map such as {missing[0]}_cancer.png: "
-                 f"{some(missing, 100)}")
+            fail(f"{folder}: {len(missing)} of {len(items)} scans have no map (such as "
+                 f"{missing[0]}_cancer.png): {some(missing, 100)}")
         return items
     train, test = scans(root / "anonymized_dataset"), scans(root / "test_data" / "anonymized_dataset")
     every, tests = (Split([*found.values()], groups=[stem.rsplit("_", 1)[0] for stem in found])
@@ -509,8 +514,8 @@ def index_csaws(args):
 
 
 INDEX = {"demo": index_demo, "folder": index_folder, "csv": index_csv, "aptos2019": index_aptos2019,
-         "ddsm": index_ddsm, "isic2019": index_isic2019, "chexpert": index_chexpert, "camelyon": index_camelyon,
-         "isic2018": index_isic2018, "csaws": index_csaws}
+         "ddsm": index_ddsm, "isic2019": index_isic2019, "chexpert": index_chexpert,
+         "camelyon": index_camelyon, "isic2018": index_isic2018, "csaws": index_csaws}
 
 
 def read_split_file(dataset, args):
@@ -518,14 +523,16 @@ def read_split_file(dataset, args):
     every, root = join(list(dataset.splits.values())), f"{Path(args.data_dir or '.')}/"
     where = {path.removeprefix(root): i for i, path in enumerate(every.paths)}
     try:
-        parts = {part: json.loads(Path(args.split_file).read_text())[part] for part in ("train", "val", "test")}
+        content = json.loads(Path(args.split_file).read_text())
+        parts = {part: content[part] for part in ("train", "val", "test")}
         unknown = [name for names in parts.values() for name in names if name not in where]
     except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"--split-file {args.split_file}: not a JSON of train, val and test ({error!r})")
     if unknown:
-        fail(f"--split-file {args.split_file}: {len(unknown)} images are not in the data: {some(unknown, 20)}")
+        fail(f"--split-file {args.split_file}: {len(unknown)} images are not there: {some(unknown, 20)}")
     dataset.splits = {part: every.take([where[name] for name in names]) for part, names in parts.items()}
-    say(f"split read from {args.split_file}; {len(where) - sum(dataset.counts.values())} images are not in it")
+    unused = len(where) - sum(map(len, parts.values()))
+    say(f"split read from {args.split_file}; {unused} images are not in it")
 
 
 def write_split_file(dataset, args):
@@ -703,8 +710,8 @@ def resize_short_side(pixels, side, resample=Image.Resampling.BILINEAR):
 # ---------------------------------------------------------------- data: cache and loader ----------------------
 
 def read_hdf5(file, key):
-    """An array of an HDF5 file, read where it lies: mapped if it is in one piece, else by h5py, whose lock lets
-    threads share it."""
+    """An array of an HDF5 file, read where it lies: mapped if it is in one piece, else by h5py, whose lock
+    lets threads share it."""
     try:
         import h5py
     except ImportError:
@@ -719,7 +726,7 @@ def read_hdf5(file, key):
 
 @dataclass
 class PatchStore:
-    """A Store whose images stay in `arrays` of HDF5 files; where (N, 2): the array of each image and its place."""
+    """A Store whose images stay in HDF5 files; where (N, 2): the array of each image and its place in it."""
     arrays: list
     where: np.ndarray
     shapes: np.ndarray
@@ -1422,7 +1429,7 @@ def make_parser(description, image_size=224):
     data.add_argument("--label-column", default="label", help="csv: one column of classes, or several of 0/1")
     data.add_argument("--split-column", help="csv: column with train, val, test (default: carve 70/15/15)")
     data.add_argument("--group-column", help="csv: column with the patient, who stays in one split")
-    data.add_argument("--view", default="all", choices=["frontal", "all"], help="chexpert: views (default all)")
+    data.add_argument("--view", default="all", choices=["frontal", "all"], help="chexpert (default all)")
     data.add_argument("--tissue", action="store_true", help="csaws: all 11 tissues, not the tumour alone")
     data.add_argument("--group-split", action="store_true", help="isic2019: a lesion stays in one split")
     data.add_argument("--split-file", help="JSON of the split: read if it is there, else written")
@@ -1503,7 +1510,7 @@ def open_run(args, run, stage):
     if folder.exists() and not folder.is_dir():
         fail(f"--output {folder} is a file, not a folder")
     if stage in ("finetune", "knn_eval") and SPECS.get(args.dataset, [""])[0] == "masks":
-        fail(f"--dataset {args.dataset} has masks, no classes, and {stage}.py needs classes; segment.py takes it")
+        fail(f"--dataset {args.dataset} has masks, not the classes that {stage}.py needs; take segment.py")
     args.stage, args.output = stage, str(folder)
     args.data_dir = args.data_dir and str(Path(args.data_dir).resolve())
     if not args.overwrite and any((folder / name).exists() for name in RUN_FILES[1:]):
@@ -1696,7 +1703,7 @@ def score_split(dataset, split_name, labels, scores):
         values["roc_auc_by_label"] = areas
         if set(CHEXPERT_FIVE) < set(areas):
             values["roc_auc_competition"] = mean_defined([areas[name] for name in CHEXPERT_FIVE])
-            say(f"{split_name} roc_auc over {', '.join(CHEXPERT_FIVE)}: {show(values['roc_auc_competition'])}")
+            say(f"{split_name} roc_auc of {', '.join(CHEXPERT_FIVE)}: {show(values['roc_auc_competition'])}")
     return {**values, "interval": bootstrap_interval(score, len(labels), split.groups)}
 
 
@@ -1837,7 +1844,7 @@ def draw_confusion(path, table, classes):
     write_atomic(path, lambda part: picture.save(part, "PNG"))
 
 
-# ---------------------------------------------------------------- python common.py: look at a dataset ---------
+# ---------------------------------------------------------------- python common.py: look at a dataset -------
 
 def outlined(pixels, item):
     """An image (H, W, C) uint8 with the outline of each map of an item of Split.masks, a colour a class."""
@@ -1857,7 +1864,8 @@ def contact_sheet(path, dataset, count=6):
     split, rows, names = dataset.splits["train"], [], []
     spread = lambda at, most: at[np.linspace(0, len(at) - 1, min(most, len(at))).astype(int)]  # noqa: E731
     if split.labels is None:
-        picks = np.array_split(spread(np.arange(len(split)), 4 * count), math.ceil(min(len(split) / count, 4)))
+        picks = spread(np.arange(len(split)), 4 * count)
+        picks = np.array_split(picks, math.ceil(len(picks) / count))
     else:
         hot = split.labels if split.labels.ndim > 1 else np.eye(len(dataset.classes))[split.labels]
         picks = [spread(np.flatnonzero(column), count) for column in hot.T]
@@ -1869,7 +1877,7 @@ def contact_sheet(path, dataset, count=6):
 
 
 def main():
-    """python common.py --dataset NAME --data-dir DIR: what was understood of a dataset, and a contact sheet."""
+    """python common.py --dataset NAME --data-dir DIR: what was understood of it, and a contact sheet."""
     args = parse(make_parser(main.__doc__)[0])
     dataset = load_dataset(args)
     splits, store, sizes, bits = list(dataset.splits.values()), dataset.store, Counter(), Counter()
@@ -1881,7 +1889,7 @@ def main():
         table.append(["patients or lesions", *(len(set(split.groups)) for split in splits)])
     print_table(["", *dataset.splits], table)
     every, rows = join(splits), np.concatenate([split.rows for split in splits])
-    for i in np.linspace(0, len(rows) - 1, min(len(rows), 1000)).astype(int):  # headers alone: quick on any disk
+    for i in np.linspace(0, len(rows) - 1, min(len(rows), 1000)).astype(int):  # headers alone
         if os.path.isfile(every.paths[i]):
             with Image.open(every.paths[i]) as image:
                 sizes[image.size] += 1
@@ -1895,7 +1903,8 @@ def main():
     for what, found in (("bits a channel", bits), ("channels", Counter(store.shapes[rows][:, 2].tolist()))):
         say(f"{what}: " + ", ".join(f"{value} ({n} images)" for value, n in sorted(found.items())))
     leaks = [f"; {n} {name.replace('_', ' ')}" for name, n in dataset.leakage.items() if n]
-    say(f"duplicates: {len(rows) - len(np.unique(store.hashes[rows]))} images equal another one" + "".join(leaks))
+    twins = len(rows) - len(np.unique(store.hashes[rows]))
+    say(f"duplicates: {twins} images equal another one" + "".join(leaks))
     say(f"mean {dataset.mean}, standard deviation {dataset.std}, headline metric {dataset.metric}")
     sheet = args.output or f"{dataset.name}.png"
     contact_sheet(sheet, dataset)

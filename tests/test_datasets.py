@@ -203,7 +203,7 @@ def test_each_goes_through_finetune_and_knn(name, tmp_path, monkeypatch):
         five = [areas[c] for c in ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")]
         assert result["test"]["roc_auc_competition"] == common.mean_defined(five) and list(areas) == CHEXPERT
         assert result["test"]["roc_auc"] == pytest.approx(common.mean_defined(areas.values()))
-        assert "roc_auc over Atelectasis" in done.stdout
+        assert "roc_auc of Atelectasis" in done.stdout
 
 
 @pytest.mark.parametrize("name", ["isic2018", "csaws"])
@@ -333,7 +333,8 @@ def test_cbis_ddsm(layout, tmp_path, capsys):
             for lesion in range(1, 2 + patient % 2):  # a second lesion repeats the image, always malignant here
                 rows.setdefault((kind, part), []).append(
                     [f"P_{patient:05d}", 3, "LEFT", "CC", lesion, kind, "OVAL", "ILL_DEFINED", 4,
-                     "MALIGNANT" if lesion == 2 else pathology, 4, path, f"{case}_1/a/b/000000.dcm", f"{case}_1/a/b/1.dcm\n"])
+                     "MALIGNANT" if lesion == 2 else pathology, 4, path, f"{case}_1/a/b/000000.dcm",
+                     f"{case}_1/a/b/000001.dcm\n"])
             place = {"tcia": root / path.replace(".dcm", ".png"), "kaggle": root / "jpeg" / series / "1-263.jpg",
                      "flat": root / "png" / f"{case}.png"}[layout]
             draw(place, patient % 3, "I;16" if layout == "tcia" else "L")
@@ -349,6 +350,10 @@ def test_cbis_ddsm(layout, tmp_path, capsys):
             patient = int(group[2:7])
             assert label == (patient % 3 == 1 or patient % 2 == 1)
     assert common.load_dataset(arguments("ddsm", root, "--leakage", "drop")).counts["test"] == 6
+    capsys.readouterr()
+    for file in root.rglob("*_train_set.csv"):
+        file.unlink()
+    fails(capsys, common.index_ddsm, arguments("ddsm", root), "train_set.csv", "found")
 
 
 def test_isic2019_by_image_and_by_lesion(tmp_path):
@@ -390,7 +395,8 @@ def test_chexpert_rules(prefix, tmp_path):
     assert int(0.2 * len(rows)) <= held < int(0.2 * len(rows)) + 3  # up to the end of a patient
     frontal = common.index_chexpert(arguments("chexpert", tmp_path, "--view", "frontal"))  # the folder above works too
     for part, split in frontal.splits.items():
-        assert [path for path in split.paths if path] == [path for path in splits[part].paths if path.endswith("frontal.jpg")]
+        front = [path for path in splits[part].paths if path.endswith("frontal.jpg")]
+        assert [path for path in split.paths if path] == front
     for path in [path for split in splits.values() for path in split.paths if "lateral" in path]:
         os.unlink(path)
     loaded = common.load_dataset(arguments("chexpert", root, "--view", "frontal"))
@@ -498,6 +504,9 @@ def test_csaws_masks_patients_and_annotators(tmp_path, capsys):
     for path in (root / "test_data" / "annotator_2" / "501").glob("501_1_*"):
         path.unlink()
     fails(capsys, common.index_csaws, arguments("csaws", root), "annotator_2", "1 of 3", "501_1")
+    (root / "anonymized_dataset").rename(tmp_path / "gone")
+    (root / "anonymized_dataset").mkdir()
+    fails(capsys, common.index_csaws, arguments("csaws", root), "anonymized_dataset", "no scan")
 
 
 def test_split_file_is_written_and_read(tmp_path, capsys):
