@@ -301,11 +301,11 @@ def draw_originals(split, classes):
         images.append(common.resize_short_side(common.open_image(path), 320))
         if split.masks:
             mask = view_mask(split.masks[n], (0, 0, 1, 1), (1, 1), images[n].shape[:2])
-            edge = np.any([mask ^ np.roll(mask, 3, axis) for axis in (0, 1)], 0)
+            near = np.pad(mask, ((3, 0), (3, 0)), "edge")
+            edge = (mask != near[:-3, 3:]) | (mask != near[3:, :-3])
             images[n] = np.where(edge[..., None], (0, 255, 255), images[n]).astype(np.uint8)
         if split.labels is not None:
-            label = split.labels[n]
-            label = [label] if label.ndim == 0 else np.flatnonzero(label > 0.5)
+            label = [split.labels[n]] if split.labels.ndim == 1 else np.flatnonzero(split.labels[n] > 0.5)
             captions[n] = ", ".join(classes[c] for c in label)[:26]
     return images, captions, "image"
 

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
 
@@ -272,4 +271,4 @@ def test_real_masks(tmp_path):
     stage("saliency.py", *data, "--runs", "run", "--masks", root / "masks", "--output", "out", *TINY[2:], cwd=tmp_path)
     run, = metrics(tmp_path / "out")["runs"]
     assert run["gaussian"]["iou"]["mean"] > run["random"]["iou"]["mean"]  # lesions are photographed in the middle
-    assert timm.is_model("test_resnet") and run["images"] > 20
+    assert run["images"] > 20
