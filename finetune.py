@@ -4,8 +4,8 @@
     torchrun --nproc_per_node 4 finetune.py --dataset folder --data-dir DIR --arch deit_small --init imagenet
     python finetune.py --predict NEW_IMAGES --init runs/RUN/model.pt --output predictions/
 
-Matsoukas et al. 2023 (arXiv:2303.07034), section 3: Adam, learning rate 1e-4 after a linear warm-up, weight decay
-1e-5, batch 64, cosine or plateau schedule, gradient norm clipped at 1. --freeze trains the classifier alone.
+Matsoukas et al. 2023 (arXiv:2303.07034), section 3: Adam, learning rate 1e-4 after a linear warm-up, weight
+decay 1e-5, batch 64, cosine or plateau schedule, gradient norm clipped at 1. --freeze: the classifier alone.
 """
 import json
 import math
@@ -32,19 +32,19 @@ def arguments():
     train.add_argument("--epochs", type=int, default=50)
     train.add_argument("--batch-size", type=int, default=64, help="over all processes (default, paper: 64)")
     train.add_argument("--lr", type=float, default=1e-4, help="peak learning rate (default, paper: 1e-4)")
-    train.add_argument("--min-lr", type=float, default=1e-6, help="where the cosine ends (default, paper: 1e-6)")
+    train.add_argument("--min-lr", type=float, default=1e-6, help="the cosine's end (default, paper: 1e-6)")
     train.add_argument("--weight-decay", type=float, default=1e-5, help="(default, paper: 1e-5)")
     train.add_argument("--warmup-steps", type=int, default=500,
                        help="linear (default 500, paper 500 to 1000), at most a quarter of all steps")
     train.add_argument("--schedule", default="cosine", choices=["cosine", "plateau"],
                        help="after warm-up; plateau: lr / 10 when validation has not improved for 3 epochs")
-    train.add_argument("--clip-grad", type=float, default=1.0, help="gradient norm (default, paper: 1; 0: off)")
+    train.add_argument("--clip-grad", type=float, default=1.0, help="of gradient (default, paper: 1; 0: off)")
     train.add_argument("--scale", type=float, nargs=2, default=[0.8, 1.0], metavar=("LOW", "HIGH"),
                        help="area of the random crop (default, paper: 0.8 1)")
-    train.add_argument("--jitter", type=float, nargs=4, default=[0.2, 0.2, 0.1, 0.1], metavar=("B", "C", "S", "H"),
+    train.add_argument("--jitter", type=float, nargs=4, default=[0.2, 0.2, 0.1, 0.1], metavar=tuple("BCSH"),
                        help="brightness, contrast, saturation, hue (default, paper: 0.2 0.2 0.1 0.1)")
     groups["run"].add_argument("--predict", metavar="FOLDER_OR_CSV",
-                               help="no training: write predictions.csv for these images with the model of --init")
+                               help="no training: predictions.csv of these images by the model of --init")
     args = common.parse(parser)
     if not 0 < args.scale[0] <= args.scale[1] <= 1:
         fail(f"--scale {args.scale[0]} {args.scale[1]}: expected 0 < LOW <= HIGH <= 1")
@@ -63,7 +63,7 @@ def learning_rate(step, steps, args, drops):
 
 
 def plateau_drops(log, patience=3):
-    """How often the learning rate has been cut: at every `patience` epochs in a row without a better score."""
+    """How often the learning rate has been cut: at every `patience` epochs in a row without a new best."""
     best, waited, drops = -math.inf, 0, 0
     for entry in log:
         waited = 0 if entry["score"] > best else waited + 1
@@ -97,10 +97,11 @@ def predict(model, dataset, split, args, run, batch_size=128):
     mine = np.arange(run.rank, len(split), run.world)
     batches = [split.rows[mine[i:i + batch_size]] for i in range(0, len(mine), batch_size)]
     logits = [torch.zeros(0, len(dataset.classes))]
-    for images, sizes in tqdm(common.load_batches(dataset.store, batches, run.device), "evaluating", len(batches),
-                              leave=False, disable=run.rank > 0):
+    loader = common.load_batches(dataset.store, batches, run.device)
+    for images, sizes in tqdm(loader, "evaluating", len(batches), leave=False, disable=run.rank > 0):
         with run.autocast():
-            logits.append(model(common.eval_view(images, sizes, args, dataset.mean, dataset.std)).float().cpu())
+            view = common.eval_view(images, sizes, args, dataset.mean, dataset.std)
+            logits.append(model(view).float().cpu())
     return common.gather_rows(torch.cat(logits), len(split), run)
 
 
@@ -116,7 +117,7 @@ def train_epoch(model, optimizer, scaler, dataset, args, run, epoch, drops):
     mine = common.own_share(args.batch_size, run)
     labels = torch.from_numpy(split.labels).to(run.device)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    torch.manual_seed(hash((args.seed, epoch)) % 2 ** 31)  # dropout and drop path, where an architecture has them
+    torch.manual_seed(hash((args.seed, epoch)) % 2 ** 31)  # of dropout and drop path, where there are any
     model.train(not args.freeze)
     total, seen, begin = torch.zeros((), device=run.device), 0, time.time()
     loader = common.load_batches(dataset.store, [split.rows[batch[mine]] for batch in order], run.device)
@@ -144,8 +145,8 @@ def train_epoch(model, optimizer, scaler, dataset, args, run, epoch, drops):
                 dist.all_reduce(mean)
                 mean /= run.world
             if not torch.isfinite(mean):
-                fail(f"the loss is not finite by step {step + 1} (epoch {epoch + 1}); the last good checkpoint is "
-                     f"{args.output}/checkpoint.pt; lower --lr, or try --amp off")
+                fail(f"the loss is not finite by step {step + 1} (epoch {epoch + 1}); the last good "
+                     f"checkpoint is {args.output}/checkpoint.pt; lower --lr, or try --amp off")
             bar.set_postfix(loss=f"{mean.item():.3f}")
     return mean.item(), len(order) * args.batch_size / (time.time() - begin)
 
@@ -161,15 +162,16 @@ def validation_score(dataset, labels, logits):
 
 def save_model(path, model, dataset, args, pretrained_on):
     """model.pt: the weights in timm's names, and all that a later stage needs to use them."""
-    content = {"stage": "finetune", "arch": args.arch, "init": args.init_label, "num_classes": len(dataset.classes), "dataset": dataset.name,
-               "image_size": args.image_size, "resize": args.resize, "mean": dataset.mean, "std": dataset.std,
-               "classes": dataset.classes, "task": dataset.task, "pretrained_on": pretrained_on,
+    content = {"stage": "finetune", "arch": args.arch, "init": args.init_label,
+               "num_classes": len(dataset.classes), "dataset": dataset.name, "image_size": args.image_size,
+               "resize": args.resize, "mean": dataset.mean, "std": dataset.std, "classes": dataset.classes,
+               "task": dataset.task, "pretrained_on": pretrained_on,
                "state_dict": {k: v.cpu().contiguous() for k, v in model.state_dict().items()}}
     common.write_atomic(path, lambda part: torch.save(content, part))
 
 
 def fit(model, dataset, args, run, folder, pretrained_on):
-    """Train from the last checkpoint to the last epoch; model.pt is the best on validation. Returns the log."""
+    """Train from the last checkpoint to the last epoch; model.pt is the best epoch. Returns the log."""
     if args.freeze:
         freeze_backbone(model)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=args.lr,
@@ -201,12 +203,13 @@ def fit(model, dataset, args, run, folder, pretrained_on):
             if improved:
                 save_model(folder / "model.pt", model, dataset, args, pretrained_on)
             common.write_atomic(folder / "checkpoint.pt", lambda part: torch.save(
-                {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                 "log": log}, part))
+                {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                 "scaler": scaler.state_dict(), "log": log}, part))
             common.write_atomic(folder / "log.jsonl", lambda part: part.write_text(
                 "".join(json.dumps(entry) + "\n" for entry in log)))
         say(f"epoch {epoch + 1}/{args.epochs}  loss {loss:.4f}  val loss {values['loss']:.4f}  val "
-            f"{dataset.metric} {common.show(values[dataset.metric])}{' *' if improved else ''}  {speed:.1f} images/s")
+            f"{dataset.metric} {common.show(values[dataset.metric])}{' *' if improved else ''}  "
+            f"{speed:.1f} images/s")
     common.barrier()  # the others must not read model.pt before it is written
     return log
 
@@ -244,15 +247,16 @@ def finish(model, dataset, args, run, folder, log, pretrained_on):
     common.write_json(folder / "metrics.json", {
         "stage": "finetune", "dataset": dataset.name, "arch": args.arch, "init": args.init_label,
         "pretrained_on": pretrained_on, "seed": args.seed, "freeze": args.freeze, "metric": dataset.metric,
-        "val": best["val"], "test": test, "best_epoch": best["epoch"], "counts": dataset.counts, "split": dataset.split_id,
-        "leakage": dataset.leakage, "image_size": args.image_size, "epochs": args.epochs,
+        "val": best["val"], "test": test, "best_epoch": best["epoch"], "counts": dataset.counts,
+        "split": dataset.split_id, "leakage": dataset.leakage, "image_size": args.image_size,
+        "epochs": args.epochs,
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": sum(entry["seconds"] for entry in log),
         "images_per_second": float(np.median([entry["images_per_second"] for entry in log])),
         "device": common.device_name(run.device), "amp": run.amp, "world_size": run.world,
         "summary": f"test {headline}"})
-    names = [name for name in common.METRICS if name in test]
-    common.print_table(["", "val", "test"], [[n, common.show(best["val"][n]), common.show(test[n])] for n in names])
+    common.print_table(["", "val", "test"], [[name, common.show(best["val"][name]), common.show(test[name])]
+                                             for name in common.METRICS if name in test])
     low, high = test["interval"] or (None, None)
     say(f"best epoch {best['epoch']} of {args.epochs}, {len(split)} test images, {headline} "
         f"(95 % interval {common.show(low)} to {common.show(high)})")
@@ -262,7 +266,7 @@ def finish(model, dataset, args, run, folder, log, pretrained_on):
 
 
 def new_images(source, args, meta):
-    """The unlabelled images of --predict, a folder or a CSV with --image-column, as a dataset of one split."""
+    """The unlabelled images of --predict, a folder or a CSV with --image-column: a dataset of one split."""
     if Path(source).is_dir():
         paths = common.images_under(source)
         if not paths:
@@ -272,11 +276,12 @@ def new_images(source, args, meta):
         paths = common.resolve_paths(source, names, [Path(source).parent, Path(source).parent / "images"])
     else:
         fail(f"--predict {source}: neither a folder nor a CSV file")
-    return Dataset("predict", meta["task"], meta["classes"], {"test": Split(paths)}, mean=meta["mean"], std=meta["std"])
+    return Dataset("predict", meta["task"], meta["classes"], {"test": Split(paths)}, mean=meta["mean"],
+                   std=meta["std"])
 
 
 def predict_new(args, run):
-    """--predict: the model of --init on new images, by the means, sizes and classes that its model.pt names."""
+    """--predict: the model of --init on new images, by the means, sizes and classes in its model.pt."""
     if args.init in ("random", "imagenet", "imagenet-dino"):
         fail("--predict needs --init RUN/model.pt, a model that finetune.py has trained")
     model, meta = common.load_trained(args.init)
@@ -302,8 +307,9 @@ def main():
     common.own_share(args.batch_size, run)
     folder = common.open_run(args, run, "finetune")
     dataset = common.load_dataset(args)
-    if len(dataset.splits["train"]) < args.batch_size:
-        fail(f"--batch-size {args.batch_size} is more than the {len(dataset.splits['train'])} training images")
+    images = len(dataset.splits["train"])
+    if images < args.batch_size:
+        fail(f"--batch-size {args.batch_size} is more than the {images} training images")
     model, pretrained_on = common.build_model(args, len(dataset.classes))
     model = common.to_device(model, run)
     common.write_args(folder, args, run, ["curves.png", "confusion.png"])

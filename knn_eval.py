@@ -1,11 +1,11 @@
 """Judge a backbone without training: a weighted k-NN vote on its frozen features.
 
     python knn_eval.py --init runs/RUN/model.pt
-    torchrun --nproc_per_node 4 knn_eval.py --dataset folder --data-dir DIR --arch deit_small --init imagenet-dino
+    torchrun --nproc_per_node 4 knn_eval.py --dataset folder --data-dir DIR --init imagenet-dino
 
 Matsoukas et al. 2023, section 3, after Caron et al. 2021, section 4.1: the training images nearest by cosine
-similarity vote with the weight exp(similarity / 0.07), k = 200. Every k of --k is scored; the one that is best on
-validation gives the headline. features.npz keeps the features of all splits.
+similarity vote with the weight exp(similarity / 0.07), k = 200. Every k of --k is scored; the one that is
+best on validation gives the headline. features.npz keeps the features of all splits.
 """
 import time
 
@@ -21,10 +21,10 @@ def arguments():
     """The command line."""
     parser, groups = common.make_parser(__doc__)
     knn = parser.add_argument_group("k-NN")
-    knn.add_argument("--k", default="1,5,20,200", help="numbers of neighbours (default 1,5,20,200; paper: 200)")
+    knn.add_argument("--k", default="1,5,20,200", help="neighbours (default 1,5,20,200; paper: 200)")
     knn.add_argument("--temperature", type=float, default=0.07, help="of the votes (default, paper: 0.07)")
     knn.add_argument("--pool", default="auto", choices=["auto", "cls", "mean"],
-                     help="ViT feature: CLS token or mean of the patch tokens (auto: the model's own, CLS for DeiT)")
+                     help="ViT feature: CLS token or mean of patches (auto: the model's own, CLS for DeiT)")
     knn.add_argument("--batch-size", type=int, default=128, help="images at a time and process (default 128)")
     args = common.parse(parser)
     if not all(k.strip().isdigit() and int(k) > 0 for k in args.k.split(",")):
@@ -39,8 +39,8 @@ def vote(train, labels, queries, ks, temperature, tile=4096):
     """Class shares of the k nearest training images for every k.
 
     train (N, D) and queries (M, D) float32, L2-normalised; labels (N, C) float32, one-hot or multilabel.
-    For each query the k largest cosines s vote for their labels with weight exp(s / temperature); the shares are
-    divided by the weights' sum. Returns {k: (M, C) float32 on the CPU}. Memory goes with tile, not with N x M."""
+    For each query the k largest cosines s vote for their labels with weight exp(s / temperature); the shares
+    are divided by the weights' sum. Returns {k: (M, C) float32 on the CPU}. Memory goes with tile, not N."""
     most, shares = max(ks), {k: [] for k in ks}
     for query in queries.split(tile // 4):
         best = torch.empty(len(query), 0, device=query.device)
@@ -74,7 +74,8 @@ def main():
     if args.compile:
         model.forward_features = torch.compile(model.forward_features)
     splits, seconds = dataset.splits, time.time()
-    feats = {name: common.extract(model, dataset, split, args, run, args.pool, args.batch_size) for name, split in splits.items()}
+    feats = {name: common.extract(model, dataset, split, args, run, args.pool, args.batch_size)
+             for name, split in splits.items()}
     speed = sum(dataset.counts.values()) / (time.time() - seconds)
     if run.rank > 0:
         return
@@ -97,7 +98,8 @@ def main():
     scores = {name: {k: shares.double().numpy() for k, shares in
                      vote(unit["train"], targets, unit[name], ks, args.temperature).items()}
               for name in ("val", "test")}
-    value = lambda name, k: common.metric(dataset.metric, dataset.task, labels[name], scores[name][k])  # noqa: E731
+    value = lambda name, k: common.metric(  # noqa: E731
+        dataset.metric, dataset.task, labels[name], scores[name][k])
     best = max(ks, key=lambda k: (value("val", k) or 0, -k))
     val = common.all_metrics(dataset.task, dataset.classes, labels["val"], scores["val"][best])
     test = common.score_split(dataset, "test", labels["test"], scores["test"][best])
@@ -108,8 +110,9 @@ def main():
         "stage": "knn_eval", "dataset": dataset.name, "arch": args.arch, "init": args.init_label,
         "pretrained_on": pretrained_on, "seed": args.seed, "metric": dataset.metric, "k": best,
         "by_k": {k: {"val": value("val", k), "test": value("test", k)} for k in ks}, "val": val, "test": test,
-        "counts": dataset.counts, "split": dataset.split_id, "leakage": dataset.leakage, "image_size": args.image_size, "pool": args.pool,
-        "epochs": 0, "parameters": sum(p.numel() for p in model.parameters()), "seconds": time.time() - begin,
+        "counts": dataset.counts, "split": dataset.split_id, "leakage": dataset.leakage,
+        "image_size": args.image_size, "pool": args.pool, "epochs": 0,
+        "parameters": sum(p.numel() for p in model.parameters()), "seconds": time.time() - begin,
         "images_per_second": speed, "device": common.device_name(run.device), "amp": run.amp,
         "world_size": run.world, "summary": f"test {headline} at k = {best}"})
     common.print_table(["k", f"val {dataset.metric}", f"test {dataset.metric}"],

@@ -1,11 +1,11 @@
-"""Images a second of the stages on this machine, data path included, beside a plain fp32 loop in the same run.
+"""Images a second of the stages on this machine, data path included, beside a plain fp32 loop in one run.
 
     python tests/bench.py            # the table of BENCHMARKS.md; some minutes
     python tests/bench.py --quick    # one repetition of each
     python tests/bench.py --stage finetune --json bench.json
 
-Ours and the plain version take turns; the table has medians and the ratio of medians. The plain versions are what a
-user would write first: fp32, PyTorch's defaults, PIL and torchvision transforms in the loop.
+Ours and the plain version take turns; the table has medians and the ratio of medians. The plain versions are
+what a user would write first: fp32, PyTorch's defaults, PIL and torchvision transforms in the loop.
 """
 import argparse
 import json
@@ -44,14 +44,16 @@ def dataset_of(paths, folder, resize=256):
     """These files, cached, as a dataset of four classes whose splits are all the same images."""
     split = common.Split(paths, np.arange(len(paths)) % 4)
     dataset = common.Dataset("bench", "classes", list("abcd"), {"train": split}, mean=MEAN, std=STD)
-    common.attach_store(dataset, SimpleNamespace(cache_dir=folder, resize=resize, workers=2, skip_broken=False))
+    args = SimpleNamespace(cache_dir=folder, resize=resize, workers=2, skip_broken=False)
+    common.attach_store(dataset, args)
     return dataset
 
 
 def plain_loader(paths, batch_size, train):
     """A DataLoader over the files with torchvision's transforms in two worker processes."""
-    steps = [T.RandomResizedCrop(224, scale=(0.8, 1)), T.RandomHorizontalFlip(), T.RandomVerticalFlip(),
-             T.RandomApply([T.ColorJitter(0.2, 0.2, 0.1, 0.1)], 0.8)] if train else [T.Resize(256), T.CenterCrop(224)]
+    steps = [T.Resize(256), T.CenterCrop(224)] if not train else [
+        T.RandomResizedCrop(224, scale=(0.8, 1)), T.RandomHorizontalFlip(), T.RandomVerticalFlip(),
+        T.RandomApply([T.ColorJitter(0.2, 0.2, 0.1, 0.1)], 0.8)]
     transform = T.Compose([*steps, T.ToImage(), T.ToDtype(torch.float32, scale=True), T.Normalize(MEAN, STD)])
 
     class Files(torch.utils.data.Dataset):
@@ -74,9 +76,9 @@ def plain_model(arch, classes, run):
 
 def bench_finetune(arch, paths, folder, run, batch_size=32):
     """(ours, plain): functions that train one pass over the files and return images a second."""
-    args = SimpleNamespace(image_size=224, resize=256, scale=[0.8, 1], jitter=[0.2, 0.2, 0.1, 0.1], seed=0, epochs=1,
-                           batch_size=batch_size, lr=1e-4, min_lr=1e-6, warmup_steps=0, schedule="cosine",
-                           clip_grad=1.0, freeze=False, output="bench")
+    args = SimpleNamespace(image_size=224, resize=256, scale=[0.8, 1], jitter=[0.2, 0.2, 0.1, 0.1], seed=0,
+                           epochs=1, batch_size=batch_size, lr=1e-4, min_lr=1e-6, warmup_steps=0,
+                           schedule="cosine", clip_grad=1.0, freeze=False, output="bench")
     dataset = dataset_of(paths, folder)
     model = common.to_device(common.create(arch, 4, 224), run)
     optimizer = torch.optim.Adam(model.parameters(), 1e-4, weight_decay=1e-5, fused=True)
@@ -124,12 +126,12 @@ def bench_features(arch, paths, folder, run):
 
 
 def bench_loader(folder, run):
-    """(ours, plain): reading 48 cached images of 3000x2000 from the second epoch on, and decoding the PNGs by PIL."""
+    """(ours, plain): reading 48 cached images of 3000x2000 from epoch 2 on, and decoding the PNGs by PIL."""
     rng, paths = np.random.default_rng(0), []
     for i in range(48):
         paths.append(str(Path(folder) / f"large{i}.png"))
-        small = rng.integers(0, 256, (125, 188, 3), dtype=np.uint8)
-        Image.fromarray(small).resize((3000, 2000), Image.Resampling.BICUBIC).save(paths[-1], compress_level=3)
+        small = Image.fromarray(rng.integers(0, 256, (125, 188, 3), dtype=np.uint8))
+        small.resize((3000, 2000), Image.Resampling.BICUBIC).save(paths[-1], compress_level=3)
     dataset = dataset_of(paths, folder)
     batches = common.epoch_order(48, 16, 0, 0)
 
@@ -151,7 +153,8 @@ def bench_loader(folder, run):
 
 def main():
     """Measure, print the table, keep it as JSON where asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--stage", choices=["finetune", "knn_eval", "loader"], help="this stage alone")
     parser.add_argument("--quick", action="store_true", help="one repetition instead of five")
     parser.add_argument("--json", help="write the figures to this file")
@@ -177,9 +180,9 @@ def main():
                 for _ in range(1 if options.quick else 5):
                     for speed, function in zip(speeds, (ours, reference)):
                         speed.append(function())
-                median = [statistics.median(speed) for speed in speeds]
-                rows.append({"case": name, "ours": median[0], "plain": median[1], "ratio": median[0] / median[1]})
-                print(f"{name}: {median[0]:.1f} against {median[1]:.1f}", flush=True)
+                fast, plain = (statistics.median(speed) for speed in speeds)
+                rows.append({"case": name, "ours": fast, "plain": plain, "ratio": fast / plain})
+                print(f"{name}: {fast:.1f} against {plain:.1f}", flush=True)
     print("\n| images a second | ours | plain fp32 | ratio |\n|---|---|---|---|")
     for row in rows:
         print(f"| {row['case']} | {row['ours']:.1f} | {row['plain']:.1f} | {row['ratio']:.1f} |")

@@ -17,8 +17,8 @@ sys.path.insert(0, str(ROOT))
 TINY = ["--image-size", "32", "--device", "cpu", "--amp", "off", "--workers", "2"]
 
 
-# Importing torch takes longer than most of these runs. So one process imports the packages (not the project), and each
-# command is a fork of it that runs the script as __main__ with its own arguments, folder, stdout and stderr.
+# Importing torch takes longer than most of these runs. So one process imports the packages (not the project),
+# and each command is a fork of it that runs the script as __main__ with its own arguments, folder and output.
 FORKS = """
 import json, os, runpy, sys, traceback
 import numpy, PIL.Image, timm, torch, torchvision, tqdm
@@ -27,7 +27,8 @@ for line in sys.stdin:
     child = os.fork()
     if child == 0:
         for target, name in ((0, os.devnull), (1, job["out"]), (2, job["err"])):
-            os.dup2(os.open(name, os.O_RDONLY if target == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC), target)
+            mode = os.O_RDONLY if target == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+            os.dup2(os.open(name, mode), target)
         os.chdir(job["cwd"])
         sys.argv, sys.path[0], code = job["argv"], os.path.dirname(job["argv"][0]), 0
         try:
@@ -50,8 +51,8 @@ def forked(command, cwd):
     global server
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     if server is None:
-        server = subprocess.Popen([sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                  text=True, env=environment)
+        server = subprocess.Popen([sys.executable, "-c", FORKS], stdin=subprocess.PIPE,
+                                  stdout=subprocess.PIPE, text=True, env=environment)
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
         job = {"argv": command, "cwd": str(cwd), "out": str(out), "err": str(err)}
@@ -62,16 +63,16 @@ def forked(command, cwd):
 
 
 def stage(script, *args, cwd, processes=1, env=None, fresh=False, root=ROOT, check=True, limit=None):
-    """Run a script as a command in cwd (with torchrun where processes > 1; with `fresh` in a new interpreter);
-    returns the finished process with its text output."""
+    """Run a script as a command in cwd (with torchrun where processes > 1; with `fresh` in a new
+    interpreter); returns the finished process with its text output."""
     command = [str(root / script), *map(str, args)]
     if processes == 1 and not env and not limit and not fresh:
         done = forked(command, cwd)
     else:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        done = subprocess.run([sys.executable, *(launcher if processes > 1 else []), *command], cwd=cwd, text=True,
-                              env={**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})}, capture_output=True,
-                              preexec_fn=limit)
+        done = subprocess.run([sys.executable, *(launcher if processes > 1 else []), *command], cwd=cwd,
+                              env={**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})}, text=True,
+                              capture_output=True, preexec_fn=limit)
     if check:
         assert done.returncode == 0, f"{script} {args}\n{done.stdout}\n{done.stderr}"
     return done
@@ -79,8 +80,8 @@ def stage(script, *args, cwd, processes=1, env=None, fresh=False, root=ROOT, che
 
 def killed(script, *args, cwd, log, lines, text):
     """Start a stage and SIGKILL it once its log.jsonl has `lines` lines and `text` then shows on stderr."""
-    process = subprocess.Popen([sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd, stderr=subprocess.PIPE,
-                               stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd,
+                               stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     seen = b""
     while text.encode() not in seen or not log.exists() or log.read_text().count("\n") < lines:
         seen += process.stderr.read(1)
@@ -90,8 +91,9 @@ def killed(script, *args, cwd, log, lines, text):
 
 
 def refused(done, *words):
-    """The contract of an error: exit code 2, one line on stderr that starts with error:, all `words` in it."""
-    lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip() and "caching: " not in line]
+    """The contract of an error: exit code 2, one line on stderr, it starts with error:, has all `words`."""
+    lines = [line for line in done.stderr.replace("\r", "\n").splitlines()
+             if line.strip() and "caching: " not in line]
     assert done.returncode == 2, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
     for word in words:

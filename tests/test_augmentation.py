@@ -72,7 +72,7 @@ def slow_jitter(image, bright, contrast, saturation, turn):
     y, i, q = (sum(w * c for w, c in zip(row, image)) for row in common.YIQ)
     i, q = i * math.cos(turn) - q * math.sin(turn), i * math.sin(turn) + q * math.cos(turn)
     inverse = torch.linalg.inv(torch.tensor(common.YIQ))
-    return torch.stack([inverse[c, 0] * y + inverse[c, 1] * i + inverse[c, 2] * q for c in range(3)]).clamp(0, 1)
+    return torch.stack([a * y + b * i + c * q for a, b, c in inverse]).clamp(0, 1)
 
 
 def test_color_jitter_equals_the_slow_version():
@@ -115,4 +115,5 @@ def test_an_epoch_shows_every_image_once():
 
 def test_normalize_spreads_grey():
     view = common.normalize(torch.full((2, 1, 3, 3), 0.5), [0.5, 0.4, 0.3], [0.1, 0.1, 0.2])
-    assert view.shape == (2, 3, 3, 3) and torch.allclose(view[0, :, 0, 0], torch.tensor([0, 1, 1.0]), atol=1e-5)
+    assert view.shape == (2, 3, 3, 3)
+    assert torch.allclose(view[0, :, 0, 0], torch.tensor([0, 1, 1.0]), atol=1e-5)

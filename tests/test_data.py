@@ -65,7 +65,8 @@ def test_resize_keeps_the_aspect():
 
 
 def test_cache_holds_every_image_and_is_reused(folder_data, tmp_path):
-    args = arguments(dataset="folder", data_dir=str(folder_data), cache_dir=str(tmp_path / "cache"), workers=2)
+    args = arguments(dataset="folder", data_dir=str(folder_data), cache_dir=str(tmp_path / "cache"),
+                     workers=2)
     first = common.load_dataset(args)
     for split in first.splits.values():
         for path, row in zip(split.paths, split.rows):
@@ -87,9 +88,10 @@ def test_killed_cache_build_is_not_taken_for_whole(tmp_path):
     for name in ("train/a", "train/b", "test/a", "test/b"):
         (tmp_path / "data" / name).mkdir(parents=True)
         for i in range(40):
-            Image.fromarray(rng.integers(0, 256, (600, 600), dtype=np.uint8)).save(tmp_path / "data" / name / f"{i}.png")
-    command = [sys.executable, ROOT / "knn_eval.py", "--dataset", "folder", "--data-dir", "data", "--arch", "test_vit",
-               "--output", "run", "--resize", "512", *TINY]
+            noise = Image.fromarray(rng.integers(0, 256, (600, 600), dtype=np.uint8))
+            noise.save(tmp_path / "data" / name / f"{i}.png")
+    command = [sys.executable, ROOT / "knn_eval.py", "--dataset", "folder", "--data-dir", "data",
+               "--arch", "test_vit", "--output", "run", "--resize", "512", *TINY]
     process = subprocess.Popen(list(map(str, command)), cwd=tmp_path, stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL)
     while process.poll() is None and not list((tmp_path / "cache").glob("*.partial/pixels.bin")):
@@ -180,8 +182,8 @@ def test_demo_has_masks_and_does_not_give_its_class_away_by_colour():
 @pytest.mark.skipif("MEDVIT_DATA" not in os.environ, reason="MEDVIT_DATA names no folder with real images")
 def test_real_images(tmp_path):
     data = os.environ["MEDVIT_DATA"]
-    done = stage("knn_eval.py", "--dataset", "folder", "--data-dir", f"{data}/brain_mri", "--arch", "test_vit",
-                 "--output", "run", *TINY, cwd=tmp_path)
+    done = stage("knn_eval.py", "--dataset", "folder", "--data-dir", f"{data}/brain_mri",
+                 "--arch", "test_vit", "--output", "run", *TINY, cwd=tmp_path)
     counted = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert counted["counts"]["test"] == 394 and counted["leakage"]["test_in_train"] > 0
     assert f"{counted['leakage']['test_in_train']} of 394 test images also stand in train" in done.stdout

@@ -65,7 +65,8 @@ def test_csv_mistakes(csv_data, tmp_path):
     refused(finetune(tmp_path, *args, "--csv", "data/none.csv"), "data/none.csv", "no such CSV")
     text = (csv_data / "labels.csv").read_text()
     (csv_data / "torn.csv").write_text(text)
-    refused(finetune(tmp_path, *args, "--csv", "data/torn.csv", "--split-column", "split", "--group-column", "patient"),
+    refused(finetune(tmp_path, *args, "--csv", "data/torn.csv", "--split-column", "split",
+                     "--group-column", "patient"),
             "more than one split", "p1")
     (csv_data / "missing.csv").write_text(text + "gone1.png,u,train,p1,0,0\ngone2.png,u,train,p1,0,0\n")
     refused(finetune(tmp_path, *args, "--csv", "data/missing.csv"), "2 of 62", "gone1.png", "gone2.png")
@@ -76,7 +77,8 @@ def test_csv_mistakes(csv_data, tmp_path):
 def test_checkpoint_of_another_architecture(tmp_path):
     import common
     torch.save(common.create("test_resnet", 4, 32).state_dict(), tmp_path / "other.pth")
-    refused(finetune(tmp_path, "--init", "other.pth"), "other.pth", "missing: cls_token", "left over: conv1.0.weight")
+    refused(finetune(tmp_path, "--init", "other.pth"),
+            "other.pth", "missing: cls_token", "left over: conv1.0.weight")
     torch.save({"arch": "test_resnet", "state_dict": common.create("test_resnet", 4, 32).state_dict()},
                tmp_path / "model.pt")
     refused(finetune(tmp_path, "--init", "model.pt"), "holds a test_resnet", "--arch")
@@ -104,8 +106,10 @@ def test_a_pickle_cannot_run_code(tmp_path):
 def test_output_folder_of_another_run(tmp_path):
     stage("finetune.py", *QUICK, "--limit", "8", cwd=tmp_path)
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-    for change, words in ((["--seed", "1"], ["seed 0 there, 1 here"]), (["--lr", "0.5"], ["lr 0.0001 there, 0.5"])):
-        refused(stage("finetune.py", *QUICK, "--limit", "8", *change, cwd=tmp_path, check=False), "run", *words)
+    for change, words in ((["--seed", "1"], "seed 0 there, 1 here"),
+                          (["--lr", "0.5"], "lr 0.0001 there, 0.5")):
+        done = stage("finetune.py", *QUICK, "--limit", "8", *change, cwd=tmp_path, check=False)
+        refused(done, "run", words)
     done = stage("knn_eval.py", "--arch", "test_vit", "--output", "run", *TINY, cwd=tmp_path, check=False)
     refused(done, "another run", "of finetune")
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
@@ -120,7 +124,8 @@ def test_output_folder_of_another_run(tmp_path):
 def test_batch_size_does_not_divide(tmp_path):
     done = stage("finetune.py", *QUICK, "--batch-size", "5", processes=2, cwd=tmp_path, check=False)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode != 0 and len(errors) == 1 and "--batch-size 5" in errors[0] and "2 processes" in errors[0]
+    assert done.returncode != 0 and len(errors) == 1
+    assert "--batch-size 5" in errors[0] and "2 processes" in errors[0]
     refused(finetune(tmp_path, "--batch-size", "700"), "--batch-size 700", "600 training images")
 
 
@@ -143,10 +148,12 @@ def test_output_cannot_be_written(tmp_path):
 
 @pytest.mark.parametrize("args, words", [
     (["--epochs", "0"], ["--epochs 0", "at least 1"]), (["--lr", "-1"], ["--lr", "negative"]),
-    (["--arch", "resnet51"], ["resnet51", "timm has no model"]), (["--lerning-rate", "1"], ["--lerning-rate"]),
-    (["--image-size", "40"], ["40", "16-pixel patches", "try"]), (["--scale", "0.9", "0.5"], ["--scale"]),
+    (["--arch", "resnet51"], ["resnet51", "timm has no model"]),
+    (["--lerning-rate", "1"], ["--lerning-rate"]), (["--scale", "0.9", "0.5"], ["--scale"]),
+    (["--image-size", "40"], ["40", "16-pixel patches", "try"]),
     (["--device", "cuda"], ["--device cuda"]), (["--amp", "fp16"], ["--amp fp16"]),
-    (["--dataset", "imagenet"], ["--dataset", "demo"]), (["--init-key", "student", "--init", "x.pt"], ["x.pt"])])
+    (["--dataset", "imagenet"], ["--dataset", "demo"]),
+    (["--init-key", "student", "--init", "x.pt"], ["x.pt"])])
 def test_wrong_arguments(tmp_path, args, words):
     refused(finetune(tmp_path, *args), *words)
 

@@ -52,15 +52,16 @@ def test_multilabel_equals_scikit_learn(seed):
 
 
 def test_what_is_not_defined_is_said():
-    labels, scores = np.array([0, 0, 1, 1]), np.array([[.7, .2, .1], [.3, .6, .1], [.1, .8, .1], [.2, .7, .1]])
+    labels = np.array([0, 0, 1, 1])
+    scores = np.array([[.7, .2, .1], [.3, .6, .1], [.1, .8, .1], [.2, .7, .1]])
     ours = common.all_metrics("classes", ["a", "b", "c"], labels, scores)
     assert ours["undefined"] == ["c"]
     assert ours["recall"] == pytest.approx((0.5 + 1) / 2)  # over a and b alone
     one = common.all_metrics("classes", ["a", "b"], np.zeros(4, int), scores[:, :2])
     assert one["roc_auc"] is None and one["undefined"] == ["b"]
     assert common.metric("quadratic_kappa", "classes", np.zeros(3, int), np.eye(2)[[0, 0, 0]]) is None
-    labels = np.array([[1, 0], [0, 0]], np.float32)
-    assert common.all_metrics("multilabel", ["a", "b"], labels, np.array([[.9, .1], [.2, .3]]))["undefined"] == ["b"]
+    labels, scores = np.array([[1, 0], [0, 0]], np.float32), np.array([[.9, .1], [.2, .3]])
+    assert common.all_metrics("multilabel", ["a", "b"], labels, scores)["undefined"] == ["b"]
 
 
 def test_bootstrap_interval_covers_the_truth():
@@ -76,6 +77,7 @@ def test_bootstrap_interval_covers_the_truth():
 
 def test_bootstrap_resamples_whole_groups():
     values, groups = np.repeat([0.0, 1.0, 0.0, 1.0], 25), np.repeat(list("abcd"), 25)
-    spread = np.ptp(common.bootstrap_interval(lambda rows: float(values[rows].mean()), 100))
-    assert np.ptp(common.bootstrap_interval(lambda rows: float(values[rows].mean()), 100, groups.tolist())) > 2 * spread
+    score = lambda rows: float(values[rows].mean())  # noqa: E731
+    spread = np.ptp(common.bootstrap_interval(score, 100))
+    assert np.ptp(common.bootstrap_interval(score, 100, groups.tolist())) > 2 * spread
     assert common.bootstrap_interval(lambda rows: None, 10) is None

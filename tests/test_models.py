@@ -49,8 +49,8 @@ def test_safetensors(tmp_path):
     from safetensors.torch import save_file
     _, weights = backbone("test_resnet")
     save_file(weights, tmp_path / "model.safetensors")
-    args = argparse.Namespace(arch="test_resnet", init=str(tmp_path / "model.safetensors"), init_key=None, seed=0,
-                              image_size=32)
+    args = argparse.Namespace(arch="test_resnet", init=str(tmp_path / "model.safetensors"), init_key=None,
+                              seed=0, image_size=32)
     assert same(common.build_model(args, 0)[0], weights)
 
 
@@ -136,10 +136,12 @@ def test_offline_weights_are_one_clear_error(tmp_path, arch, init):
     env = {"HF_HUB_CACHE": str(tmp_path / "hub"), "TORCH_HOME": str(tmp_path / "torch"),
            "https_proxy": "http://127.0.0.1:9"}  # nothing listens there
     refused(stage("finetune.py", "--arch", arch, "--init", init, "--epochs", "1", "--output", "run", *TINY,
-                  cwd=tmp_path, check=False, env=env), f"--init {init}", "cannot be downloaded", "--init FILE")
+                  cwd=tmp_path, check=False, env=env),
+            f"--init {init}", "cannot be downloaded", "--init FILE")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_model_without_published_dino_weights(tmp_path):
-    refused(stage("finetune.py", "--arch", "resnet18", "--init", "imagenet-dino", *TINY, cwd=tmp_path, check=False),
+    refused(stage("finetune.py", "--arch", "resnet18", "--init", "imagenet-dino", *TINY, cwd=tmp_path,
+                  check=False),
             "deit_small", "resnet50", "not for resnet18")

@@ -1,4 +1,4 @@
-"""pretrain_dino.py: its equations against slow versions, its schedules by value, its runs as a user starts them."""
+"""pretrain_dino.py: equations against slow versions, schedules by value, runs as a user starts them."""
 import json
 import math
 from types import SimpleNamespace
@@ -39,9 +39,9 @@ def test_loss_and_gradient_equal_the_pairwise_version(views):
 
 
 def test_schedules_by_value():
-    args = SimpleNamespace(epochs=100, lr=5e-4, batch_size=512, min_lr=1e-6, warmup_epochs=10, weight_decay=0.04,
-                           weight_decay_end=0.4, momentum_teacher=0.99, warmup_teacher_temp=0.04, teacher_temp=0.07,
-                           warmup_teacher_epochs=30)
+    args = SimpleNamespace(epochs=100, lr=5e-4, batch_size=512, min_lr=1e-6, warmup_epochs=10,
+                           weight_decay=0.04, weight_decay_end=0.4, momentum_teacher=0.99,
+                           warmup_teacher_temp=0.04, teacher_temp=0.07, warmup_teacher_epochs=30)
     lr, decay, momentum, temp = dino.schedules(args, 7)
     assert len(lr) == len(decay) == len(momentum) == 700 and len(temp) == 100
     assert lr[0] == 0 and lr[35] == pytest.approx(5e-4) and lr[70] == pytest.approx(1e-3)  # 5e-4 * 512 / 256
@@ -91,16 +91,17 @@ def test_colours_equal_torchvision():
 
 def tiny_state(out_dim=16, **changes):
     """A student, a teacher and settings for train_epoch on eight demo images."""
-    args = SimpleNamespace(**{"arch": "test_vit", "init": "random", "init_key": None, "seed": 0, "image_size": 32,
-                              "local_size": 16, "local_crops": 2, "out_dim": out_dim, "head_norm": "none",
-                              "drop_path": 0.0, "batch_size": 8, "accumulate": 1, "epochs": 1, "student_temp": 0.1,
-                              "global_scale": [0.4, 1], "local_scale": [0.1, 0.4], "jitter": [0.4, 0.4, 0.2, 0.1],
-                              "centering": "mean", "center_momentum": 0.9, "freeze_last_layer": 0, "clip_grad": 3.0,
-                              "output": "", **changes})
+    args = SimpleNamespace(**{
+        "arch": "test_vit", "init": "random", "init_key": None, "seed": 0, "image_size": 32, "local_size": 16,
+        "local_crops": 2, "out_dim": out_dim, "head_norm": "none", "drop_path": 0.0, "batch_size": 8,
+        "accumulate": 1, "epochs": 1, "student_temp": 0.1, "global_scale": [0.4, 1], "centering": "mean",
+        "local_scale": [0.1, 0.4], "jitter": [0.4, 0.4, 0.2, 0.1], "center_momentum": 0.9,
+        "freeze_last_layer": 0, "clip_grad": 3.0, "output": "", **changes})
     run = common.Run(0, 1, torch.device("cpu"), "off")
     student, teacher, _ = dino.build(args, run)
     pixels = np.concatenate([demo.ravel() for demo, _ in map(common.demo_image, range(8))])
-    store = common.Store(None, pixels, np.arange(8) * 128 * 128 * 3, np.array([[128, 128, 3]] * 8), None, None, {})
+    shapes = np.array([[128, 128, 3]] * 8)
+    store = common.Store(None, pixels, np.arange(8) * 128 * 128 * 3, shapes, None, None, {})
     dataset = common.Dataset("demo", "classes", ["a"], {"train": common.Split([""] * 8, rows=np.arange(8))},
                              mean=[0.5] * 3, std=[0.2] * 3, store=store)
     state = SimpleNamespace(student=student, teacher=teacher, wrapped=student, center=torch.zeros(out_dim),
@@ -123,7 +124,7 @@ def test_teacher_and_center_are_moving_averages():
 
 
 def test_accumulation_changes_nothing_but_memory():
-    """One step over 8 images in one part and in four: without batch norm the same gradient, if the crops are."""
+    """One step over 8 images in one part and in four: without batch norm one gradient, if the crops are."""
     plan = [np.array([1e-3]), np.array([0.0]), np.array([0.9]), np.array([0.05])]
     results = []
     for accumulate in (1, 1, 4):
@@ -144,11 +145,12 @@ def test_last_layer_is_frozen_at_first():
 
 @pytest.mark.parametrize("arch", ["test_vit", "test_resnet"])
 def test_run_and_what_follows_from_it(folder_data, tmp_path, arch):
-    done = stage("pretrain_dino.py", *FOLDER, *FAST, "--arch", arch, "--export", "dino.safetensors", "--probe-every",
-                 "1", "--output", "run", *TINY, cwd=tmp_path)
+    args = [*FOLDER, *FAST, "--arch", arch, "--export", "dino.safetensors", "--probe-every", "1", *TINY]
+    done = stage("pretrain_dino.py", *args, "--output", "run", cwd=tmp_path)
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert len(log) == 3 and all(np.isfinite(entry["loss"]) and 0 <= entry["knn"] <= 1 for entry in log)
-    assert all(word in done.stdout for word in ("entropy", "of ln 64", "KL to uniform", "feature std", "k-NN"))
+    words = ("entropy", "of ln 64", "KL to uniform", "feature std", "k-NN")
+    assert all(word in done.stdout for word in words)
     for name in ("crops.png", "curves.png"):
         with Image.open(tmp_path / "run" / name) as image:
             assert min(image.size) > 200
@@ -156,23 +158,25 @@ def test_run_and_what_follows_from_it(folder_data, tmp_path, arch):
     model.load_state_dict(timm.models.load_state_dict(str(tmp_path / "dino.safetensors")))
     trained = torch.load(tmp_path / "run" / "model.pt", weights_only=True)
     assert all(torch.equal(value, trained["state_dict"][name]) for name, value in model.state_dict().items())
-    done = stage("finetune.py", *FOLDER, "--init", "run/model.pt", "--epochs", "1", "--batch-size", "4", "--output",
-                 "tuned", *TINY, cwd=tmp_path)
+    done = stage("finetune.py", *FOLDER, "--init", "run/model.pt", "--epochs", "1", "--batch-size", "4",
+                 "--output", "tuned", *TINY, cwd=tmp_path)
     count = len(trained["state_dict"])
     assert f"{count} of {count} backbone tensors loaded" in done.stdout
-    assert metrics(tmp_path / "tuned")["pretrained_on"] == "data" and metrics(tmp_path / "tuned")["init"] == "dino"
-    assert "is complete" in stage("pretrain_dino.py", *FOLDER, *FAST, "--arch", arch, "--export", "dino.safetensors",
-                                  "--probe-every", "1", "--output", "run", *TINY, cwd=tmp_path).stdout
+    tuned = metrics(tmp_path / "tuned")
+    assert tuned["pretrained_on"] == "data" and tuned["init"] == "dino"
+    assert "is complete" in stage("pretrain_dino.py", *args, "--output", "run", cwd=tmp_path).stdout
 
 
 def test_collapse_is_named_and_a_healthy_run_is_not_accused(tmp_path):
-    args = ["--arch", "test_resnet", "--limit", "256", "--epochs", "2", "--batch-size", "32", "--out-dim", "256",
-            "--local-crops", "2", "--probe-every", "0", *TINY]
-    flat = stage("pretrain_dino.py", *args, "--recipe", "paper", "--teacher-temp", "50", "--warmup-teacher-temp", "50",
-                 "--output", "flat", cwd=tmp_path)
-    assert "WARNING: collapsed: every output is nearly uniform" in flat.stdout and "ln 256 = 5.55" in flat.stdout
-    constant = ["--recipe", "paper", "--center-momentum", "1", "--teacher-temp", "0.01", "--warmup-teacher-temp",
-                "0.01", "--lr", "1e-2", "--warmup-epochs", "0", "--momentum-teacher", "0.5", "--epochs", "4"]
+    args = ["--arch", "test_resnet", "--limit", "256", "--epochs", "2", "--batch-size", "32",
+            "--out-dim", "256", "--local-crops", "2", "--probe-every", "0", *TINY]
+    flat = stage("pretrain_dino.py", *args, "--recipe", "paper", "--teacher-temp", "50",
+                 "--warmup-teacher-temp", "50", "--output", "flat", cwd=tmp_path)
+    assert "WARNING: collapsed: every output is nearly uniform" in flat.stdout
+    assert "ln 256 = 5.55" in flat.stdout
+    constant = ["--recipe", "paper", "--center-momentum", "1", "--teacher-temp", "0.01",
+                "--warmup-teacher-temp", "0.01", "--lr", "1e-2", "--warmup-epochs", "0",
+                "--momentum-teacher", "0.5", "--epochs", "4"]
     stopped = stage("pretrain_dino.py", *args, *constant, "--on-collapse", "stop", "--output", "constant",
                     cwd=tmp_path, check=False)
     assert stopped.returncode == 2 and "every image gets the same output" in stopped.stderr
@@ -195,19 +199,21 @@ def test_two_processes_equal_one(folder_data, tmp_path, arch):
 def test_resumed_after_sigkill_bit_for_bit(folder_data, tmp_path):
     args = [*FOLDER, *FAST, "--epochs", "6", "--arch", "test_vit", "--drop-path", "0.1", *TINY]
     stage("pretrain_dino.py", *args, "--output", "whole", cwd=tmp_path)
-    killed("pretrain_dino.py", *args, "--output", "killed", cwd=tmp_path, log=tmp_path / "killed" / "log.jsonl",
-           lines=2, text="epoch 3/6")
+    killed("pretrain_dino.py", *args, "--output", "killed", cwd=tmp_path,
+           log=tmp_path / "killed" / "log.jsonl", lines=2, text="epoch 3/6")
     assert not (tmp_path / "killed" / "metrics.json").exists()
     assert "resuming" in stage("pretrain_dino.py", *args, "--output", "killed", cwd=tmp_path).stdout
-    whole, resumed = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "killed"))
+    whole, resumed = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
+                      for name in ("whole", "killed"))
     for part in ("student", "teacher"):
         assert all(torch.equal(value, resumed[part][name]) for name, value in whole[part].items())
     assert torch.equal(whole["center"], resumed["center"])
 
 
 def test_mistakes(folder_data, tmp_path):
-    run = lambda *args: stage("pretrain_dino.py", *FOLDER, *FAST, "--arch", "test_vit", "--output", "run",  # noqa: E731
-                              *TINY, *args, cwd=tmp_path, check=False)
+    run = lambda *args: stage(  # noqa: E731
+        "pretrain_dino.py", *FOLDER, *FAST, "--arch", "test_vit", "--output", "run", *TINY, *args,
+        cwd=tmp_path, check=False)
     refused(run("--accumulate", "3"), "--accumulate 3", "--batch-size 4")
     refused(run("--global-scale", "0.9", "0.2"), "--global-scale")
     refused(run("--batch-size", "400"), "--batch-size 400", "training images")

@@ -28,15 +28,16 @@ def equal(a, b, tolerance=0.0):
 
 
 def test_finetune_learns_and_writes_what_the_design_names(folder_data, tmp_path):
-    done = stage("finetune.py", *FOLDER, "--arch", "resnet18", "--epochs", "6", "--batch-size", "8", "--lr", "2e-3",
-                 "--output", "run", *TINY, cwd=tmp_path)
+    done = stage("finetune.py", *FOLDER, "--arch", "resnet18", "--epochs", "6", "--batch-size", "8",
+                 "--lr", "2e-3", "--output", "run", *TINY, cwd=tmp_path)
     run = tmp_path / "run"
     result, log = metrics(run), [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert result["test"]["accuracy"] > 0.75, done.stdout
     assert result["counts"] == {"train": 20, "val": 4, "test": 13}
     assert len(log) == 6 and result["val"] == log[result["best_epoch"] - 1]["val"]
-    assert {"stage", "dataset", "arch", "init", "pretrained_on", "seed", "metric", "val", "test", "counts", "epochs",
-            "parameters", "seconds", "images_per_second", "device", "amp", "world_size"} <= result.keys()
+    assert {"stage", "dataset", "arch", "init", "pretrained_on", "seed", "metric", "val", "test", "counts",
+            "epochs", "parameters", "seconds", "images_per_second", "device", "amp",
+            "world_size"} <= result.keys()
     rows = table(run / "predictions.csv")
     right = np.mean([row["label"] == row["predicted"] for row in rows])
     assert len(rows) == 13 and right == pytest.approx(result["test"]["accuracy"])
@@ -44,7 +45,8 @@ def test_finetune_learns_and_writes_what_the_design_names(folder_data, tmp_path)
     low, high = result["test"]["interval"]
     assert low <= result["test"]["accuracy"] <= high
     model = torch.load(run / "model.pt", weights_only=True)
-    assert {"arch", "init", "num_classes", "image_size", "mean", "std", "classes", "state_dict"} <= model.keys()
+    assert {"arch", "init", "num_classes", "image_size", "mean", "std", "classes",
+            "state_dict"} <= model.keys()
     for name in ("curves.png", "confusion.png"):
         with Image.open(run / name) as image:
             assert min(image.size) > 200
@@ -72,9 +74,11 @@ def test_two_processes_equal_one(folder_data, tmp_path, arch):
 
 
 def test_resumed_after_sigkill_bit_for_bit(folder_data, tmp_path):
-    args = [*FOLDER, "--arch", "test_vit", "--epochs", "8", "--batch-size", "4", "--schedule", "plateau", *TINY]
+    args = [*FOLDER, "--arch", "test_vit", "--epochs", "8", "--batch-size", "4", "--schedule", "plateau",
+            *TINY]
     stage("finetune.py", *args, "--output", "whole", cwd=tmp_path)
-    killed("finetune.py", *args, "--output", "killed", cwd=tmp_path, log=tmp_path / "killed" / "log.jsonl", lines=3,
+    killed("finetune.py", *args, "--output", "killed", cwd=tmp_path,
+           log=tmp_path / "killed" / "log.jsonl", lines=3,
            text="epoch 4/8")  # the bar of the fourth epoch: inside an epoch
     assert not (tmp_path / "killed" / "metrics.json").exists()
     done = stage("finetune.py", *args, "--output", "killed", cwd=tmp_path)
@@ -84,15 +88,19 @@ def test_resumed_after_sigkill_bit_for_bit(folder_data, tmp_path):
     assert whole["test"] == resumed["test"] and whole["val"] == resumed["val"]
     (tmp_path / "killed" / "metrics.json").unlink()
     (tmp_path / "killed" / "checkpoint.pt").write_bytes(b"damaged")
-    refused(stage("finetune.py", *args, "--output", "killed", cwd=tmp_path, check=False), "checkpoint.pt", "--overwrite")
+    refused(stage("finetune.py", *args, "--output", "killed", cwd=tmp_path, check=False),
+            "checkpoint.pt", "--overwrite")
 
 
 def test_freeze_trains_the_classifier_alone(folder_data, tmp_path):
-    stage("finetune.py", *FOLDER, *FAST[:-2], "--output", "first", *TINY, "--arch", "test_resnet", cwd=tmp_path)
-    stage("finetune.py", *FOLDER, *FAST[2:-2], "--freeze", "--init", "first/model.pt", "--output", "probe", *TINY,
+    stage("finetune.py", *FOLDER, *FAST[:-2], "--output", "first", *TINY, "--arch", "test_resnet",
           cwd=tmp_path)
-    first, probe = (torch.load(tmp_path / name / "model.pt", weights_only=True) for name in ("first", "probe"))
-    changed = {k for k in probe["state_dict"] if not torch.equal(probe["state_dict"][k], first["state_dict"][k])}
+    stage("finetune.py", *FOLDER, *FAST[2:-2], "--freeze", "--init", "first/model.pt", "--output", "probe",
+          *TINY, cwd=tmp_path)
+    first, probe = (torch.load(tmp_path / name / "model.pt", weights_only=True)
+                    for name in ("first", "probe"))
+    changed = {name for name, value in probe["state_dict"].items()
+               if not torch.equal(value, first["state_dict"][name])}
     assert changed == {"fc.weight", "fc.bias"}
     assert probe["pretrained_on"] == "data" and metrics(tmp_path / "probe")["init"] == "finetuned"
 
@@ -102,7 +110,8 @@ def test_multilabel(csv_data, tmp_path):
     stage("finetune.py", *args, *FAST, *TINY, cwd=tmp_path)
     result = metrics(tmp_path / "run")
     assert result["metric"] == "roc_auc" and "quadratic_kappa" not in result["test"]
-    stage("knn_eval.py", *args, "--init", "run/model.pt", "--k", "1,5", "--output", "knn", *TINY, cwd=tmp_path)
+    stage("knn_eval.py", *args, "--init", "run/model.pt", "--k", "1,5", "--output", "knn", *TINY,
+          cwd=tmp_path)
     assert set(metrics(tmp_path / "knn")["by_k"]) == {"1", "5"}
     assert list(table(tmp_path / "knn" / "predictions.csv")[0])[3:] == ["a", "b"]
 
@@ -113,12 +122,13 @@ def test_predict_gives_the_test_probabilities_again(folder_data, tmp_path):
     known = {}
     for row in table(tmp_path / "run" / "predictions.csv"):
         name = row["path"].replace("/", "_")
-        shutil.copy(tmp_path / row["path"] if not row["path"].startswith("/") else row["path"], tmp_path / "new" / name)
+        shutil.copy(tmp_path / row["path"], tmp_path / "new" / name)  # a path from the root replaces tmp_path
         known[f"new/{name}"] = row
     colour = np.stack([picture(np.random.default_rng(0), 0, (90, 70))] * 3, 2)
     colour[..., 0] //= 2
     Image.fromarray(colour).save(tmp_path / "new" / "another_size_in_colour.png")
-    stage("finetune.py", "--predict", "new", "--init", "run/model.pt", "--output", "out", *TINY[2:], cwd=tmp_path)
+    stage("finetune.py", "--predict", "new", "--init", "run/model.pt", "--output", "out", *TINY[2:],
+          cwd=tmp_path)
     rows = table(tmp_path / "out" / "predictions.csv")
     assert len(rows) == 14 and {row["label"] for row in rows} == {""}
     for row in rows:
@@ -141,9 +151,11 @@ def test_a_stage_and_common_copied_alone(tmp_path):
 
 
 def test_mixed_precision_and_any_timm_model(folder_data, tmp_path):
-    args = [*FOLDER, "--epochs", "1", "--batch-size", "4", "--image-size", "32", "--device", "cpu", "--amp", "bf16"]
+    args = [*FOLDER, "--epochs", "1", "--batch-size", "4", "--image-size", "32", "--device", "cpu",
+            "--amp", "bf16"]
     stage("finetune.py", *args, "--arch", "test_convnext", "--output", "a", cwd=tmp_path)
-    stage("knn_eval.py", *args[:4], *args[8:], "--init", "a/model.pt", "--pool", "mean", "--output", "b", cwd=tmp_path)
+    stage("knn_eval.py", *args[:4], *args[8:], "--init", "a/model.pt", "--pool", "mean", "--output", "b",
+          cwd=tmp_path)
     assert metrics(tmp_path / "a")["amp"] == "bf16" and metrics(tmp_path / "b")["arch"] == "test_convnext"
 
 
@@ -168,7 +180,8 @@ def test_vote_equals_the_slow_version_and_scikit_learn():
         for k in (1, 5, 300):
             slow = torch.stack([slow_vote(train, labels, query, k, 0.07) for query in queries])
             assert (shares[k] - slow).abs().max() < 1e-4, (tile, k)
-    theirs = KNeighborsClassifier(5, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07)).fit(train, classes)
+    theirs = KNeighborsClassifier(5, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07))
+    theirs.fit(train, classes)
     assert np.abs(theirs.predict_proba(queries) - shares[5].numpy()).max() < 1e-4
 
 
@@ -177,10 +190,12 @@ def test_knn_cuts_k_and_takes_one_test_image(folder_data, tmp_path):
         for image in sorted((folder_data / "test" / name).iterdir())[0 if name == "level" else 1:]:
             image.unlink()
     (folder_data / "test" / "level").rmdir()
-    done = stage("knn_eval.py", *FOLDER, "--arch", "test_vit", "--k", "1,5,200", "--output", "run", *TINY, cwd=tmp_path)
+    done = stage("knn_eval.py", *FOLDER, "--arch", "test_vit", "--k", "1,5,200", "--output", "run", *TINY,
+                 cwd=tmp_path)
     result = metrics(tmp_path / "run")
     train = result["counts"]["train"]
-    assert f"there are {train} training images" in done.stdout and set(result["by_k"]) == {"1", "5", str(train)}
+    assert f"there are {train} training images" in done.stdout
+    assert set(result["by_k"]) == {"1", "5", str(train)}
     assert result["counts"]["test"] == 1 and result["test"]["undefined"] == ["level"]
     saved = np.load(tmp_path / "run" / "features.npz")
     assert saved["test_features"].shape[0] == 1 and len(saved["train_paths"]) == train
