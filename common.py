@@ -60,7 +60,7 @@ def some(names, most=5):
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-# ---------------------------------------------------------------- data: index --------------------------------
+# ---------------------------------------------------------------- data: index -------------------------------
 
 @dataclass
 class Split:
@@ -86,8 +86,8 @@ class Split:
 @dataclass
 class Dataset:
     """task: "classes", "multilabel" or "masks"; splits: {"train", "val", "test": Split}; metric: the name of
-    the headline; mean, std: three numbers in [0, 1]; store: the cached pixels of all splits; mask_store: their
-    masks, in the same rows."""
+    the headline; mean, std: three numbers in [0, 1]; store: the cached pixels of all splits; mask_store:
+    their masks, in the same rows."""
     name: str
     task: str
     classes: list
@@ -129,7 +129,8 @@ def images_under(folder):
 
 
 def index_demo(args):
-    """800 drawn lesions (see `demo_image`) in four classes of texture, 600 / 100 / 200, nothing to download."""
+    """800 drawn lesions (see `demo_image`) in four classes of texture, 600 / 100 / 200, nothing to
+    download."""
     parts = {"train": range(0, 600), "val": range(600, 700), "test": range(700, 900)}
     return Dataset("demo", "classes", list(DEMO_CLASSES), {
         name: Split([f"demo/{i:04d}" for i in part], np.array([i % 4 for i in part]),
@@ -137,13 +138,15 @@ def index_demo(args):
 
 
 def index_folder(args):
-    """train/, optional val/ and test/, in each a folder per class (the layout of torchvision's ImageFolder)."""
+    """train/, optional val/ and test/, in each a folder per class (the layout of torchvision's
+    ImageFolder)."""
     root, found = data_folder(args), {}
     for folder in sorted(path for path in root.iterdir() if path.is_dir()):
         if folder.name.lower() in SPLIT_NAMES:
             found[SPLIT_NAMES[folder.name.lower()]] = folder
     if "train" not in found:
-        fail(f"{root}: --dataset folder expects train/ with a folder per class; found {some(os.listdir(root))}")
+        fail(f"{root}: --dataset folder expects train/ with a folder per class; found "
+             f"{some(os.listdir(root))}")
     classes = sorted(path.name for path in found["train"].iterdir() if path.is_dir())
     if len(classes) < 2:
         fail(f"{found['train']}: expected a folder per class, at least two; found {len(classes)}")
@@ -152,7 +155,8 @@ def index_folder(args):
         paths, labels = [], []
         for class_folder in sorted(path for path in folder.iterdir() if path.is_dir()):
             if class_folder.name not in classes:
-                fail(f"{class_folder}: class {class_folder.name!r} is not in train, which has {some(classes)}")
+                fail(f"{class_folder}: class {class_folder.name!r} is not in train, which has "
+                     f"{some(classes)}")
             files = images_under(class_folder)
             if not files:
                 fail(f"{class_folder}: the class has no images; add some or remove the folder")
@@ -383,7 +387,8 @@ def index_cbis_ddsm(args):
         for path, label, row in zip(paths, labels, rows):
             part[path] = (max(label, part.get(path, (0,))[0]), row["patient_id"])
     if "train" not in images:
-        fail(f"{root}: no mass or calc_case_description_train_set.csv in it; found {some(os.listdir(root), 12)}")
+        fail(f"{root}: no mass or calc_case_description_train_set.csv in it; found "
+             f"{some(os.listdir(root), 12)}")
     splits = {}
     for name, part in images.items():
         labels, patients = zip(*part.values())
@@ -484,7 +489,8 @@ def index_csaws(args):
 
     def scans(folder):  # {stem: path}; an 8-bit duplicate sorts behind its original and takes its place
         matches = [re.fullmatch(r".*/(\w+_\d+?)(_8bit)?\.png", path) for path in images_under(folder)]
-        return {match[1]: match[0] for match in matches if match} or fail(f"{folder}: no scan such as 000/000_0.png")
+        return {match[1]: match[0] for match in matches if match} or fail(
+            f"{folder}: no scan such as 000/000_0.png")
 
     def masks(stems, folder):  # a missing map is a class that is not there; none at all is a mistake
         items = []
@@ -611,14 +617,15 @@ def limit_images(split, count, seed):
     return split.take(sorted(np.argsort(key, kind="stable")[:count]))
 
 
-# ---------------------------------------------------------------- data: images and the demo -------------------
+# ---------------------------------------------------------------- data: images and the demo -----------------
 
 DEMO_CLASSES = ("globular", "homogeneous", "reticular", "streaked")
 
 
 def demo_image(index, size=128):
     """Drawn lesion `index` of class index % 4: image (size, size, 3) uint8 and mask (size, size) bool. The
-    class is in the texture and the border; colour, light, place, size and hairs are drawn regardless of it."""
+    class is in the texture and the border; colour, light, place, size and hairs are drawn regardless of
+    it."""
     rng = np.random.default_rng([2303, 7034, index])
     y, x = np.mgrid[:size, :size] / size
 
@@ -657,7 +664,8 @@ def demo_image(index, size=128):
     body = lesion + (rng.uniform(0.07, 0.12) * grain + 0.05 * noise(4))[..., None] * rng.uniform(0.7, 1.2, 3)
     image = image * (1 - soft[..., None]) + body * soft[..., None]
     tilt = rng.uniform(0, 2 * np.pi)
-    image = image * (1 + rng.uniform(0, 0.35) * ((x - 0.5) * np.cos(tilt) + (y - 0.5) * np.sin(tilt)))[..., None]
+    image = image * (1 + rng.uniform(0, 0.35) * ((x - 0.5) * np.cos(tilt)
+                                                 + (y - 0.5) * np.sin(tilt)))[..., None]
     picture = Image.fromarray((255 * np.clip(image, 0, 1)).astype(np.uint8))
     pen = ImageDraw.Draw(picture)
     for _ in range(rng.poisson(3)):
@@ -707,7 +715,7 @@ def resize_short_side(pixels, side, resample=Image.Resampling.BILINEAR):
     return resized[..., None] if resized.ndim == 2 else resized
 
 
-# ---------------------------------------------------------------- data: cache and loader ----------------------
+# ---------------------------------------------------------------- data: cache and loader --------------------
 
 def read_hdf5(file, key):
     """An array of an HDF5 file, read where it lies: mapped if it is in one piece, else by h5py, whose lock
@@ -794,7 +802,8 @@ class Decoder(torch.utils.data.Dataset):
     def __getitem__(self, i):
         try:
             pixels = self.decode(self.paths[i])
-        except Exception as error:  # Pillow's plugins raise nearly anything on a damaged file; all are named later
+        # Pillow's plugins raise nearly anything on a damaged file; all are named later
+        except Exception as error:
             return None, (0, 0), 0, f"{type(error).__name__}: {error}"
         size = pixels.shape[:2]
         pixels = np.ascontiguousarray(resize_short_side(pixels, self.side, self.resample))
@@ -821,12 +830,14 @@ def build_store(folder, paths, side, workers, decode, resample):
     free, needed = shutil.disk_usage(folder.parent).free, 4 * side * side * len(paths)
     if needed > free:
         fail(f"--cache-dir {folder.parent}: caching {len(paths)} images at --resize {side} takes up to "
-             f"{needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; lower --resize or give another --cache-dir")
+             f"{needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; lower --resize or give "
+             "another --cache-dir")
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # an interrupted build; the lock says nobody else is at it
     partial.mkdir()
-    loader = torch.utils.data.DataLoader(Decoder(paths, side, decode, resample), batch_size=8, num_workers=workers,
-                                         collate_fn=list, prefetch_factor=4 if workers else None)
+    loader = torch.utils.data.DataLoader(Decoder(paths, side, decode, resample), batch_size=8,
+                                         num_workers=workers, collate_fn=list,
+                                         prefetch_factor=4 if workers else None)
     count, offset, broken = len(paths), 0, {}
     offsets, hashes = np.zeros(count, np.int64), np.zeros(count, np.uint64)
     shapes, sizes = np.zeros((count, 3), np.int32), np.zeros((count, 2), np.int32)
@@ -854,13 +865,14 @@ def open_store(name, paths, args, decode=open_image, resample=Image.Resampling.B
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with open(folder.parent / f".{folder.name}.lock", "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # a second run started meanwhile waits here, then finds it built
+                # a second run started meanwhile waits here, then finds it built
+                fcntl.flock(lock, fcntl.LOCK_EX)
                 if not folder.exists():
                     build_store(folder, paths, args.resize, args.workers, decode, resample)
         except OSError as error:
             shutil.rmtree(folder.with_name(folder.name + ".partial"), ignore_errors=True)
-            fail(f"--cache-dir {args.cache_dir}: the cache cannot be written ({error}); free space there or give "
-                 "another --cache-dir")
+            fail(f"--cache-dir {args.cache_dir}: the cache cannot be written ({error}); free space there "
+                 "or give another --cache-dir")
     barrier()
     index = np.load(folder / "index.npz")
     size = (folder / "pixels.bin").stat().st_size
@@ -876,23 +888,27 @@ def open_store(name, paths, args, decode=open_image, resample=Image.Resampling.B
 
 
 def check_leakage(dataset, mode):
-    """Count identical images (by the hash of their pixels) that stand in two splits: {"test_in_train": n, ...}.
-    mode "warn" says so, "error" stops, "drop" takes them out of train (and out of val, where test has them)."""
+    """Count identical images (by the hash of their pixels) that stand in two splits: {"test_in_train": n,
+    ...}. mode "warn" says so, "error" stops, "drop" takes them out of train (and out of val, where test has
+    them)."""
     hashes = {name: dataset.store.hashes[split.rows] for name, split in dataset.splits.items()}
     for inner, outer in (("test", "train"), ("val", "train"), ("test", "val")):
         count = int(np.isin(hashes[inner], hashes[outer]).sum())
         dataset.leakage[f"{inner}_in_{outer}"] = count
         if count:
-            message = f"leakage: {count} of {len(hashes[inner])} {inner} images also stand in {outer}, pixel for pixel"
+            message = (f"leakage: {count} of {len(hashes[inner])} {inner} images also stand in {outer}, "
+                       "pixel for pixel")
             if mode == "error":
                 fail(message + "; --leakage drop takes them out of train")
-            say(f"WARNING: {message}; " + (f"taken out of {outer}" if mode == "drop" else "scores will flatter"))
+            say(f"WARNING: {message}; "
+                + (f"taken out of {outer}" if mode == "drop" else "scores will flatter"))
     if mode == "drop":
         for outer, others in (("train", ("val", "test")), ("val", ("test",))):
             clean = ~np.isin(hashes[outer], np.concatenate([hashes[name] for name in others]))
             dataset.splits[outer] = dataset.splits[outer].take(np.flatnonzero(clean))
             if not clean.any():
-                fail(f"{dataset.name}: nothing is left of {outer} once the images of other splits are dropped")
+                fail(f"{dataset.name}: nothing is left of {outer} once the images of other splits are "
+                     "dropped")
 
 
 def measure(store, rows):
@@ -935,7 +951,8 @@ def load_dataset(args, check=True, decode_mask=None):
 
 
 def attach_store(dataset, args, decode_mask=None):
-    """Open the store of all splits (and of their masks), tell each where its rows are, leave broken images out."""
+    """Open the store of all splits (and of their masks), tell each where its rows are, leave broken images
+    out."""
     paths = [path for split in dataset.splits.values() for path in split.paths]
     dataset.store, start = open_store(dataset.name, paths, args), 0
     broken = set(dataset.store.broken)
@@ -955,7 +972,8 @@ def attach_store(dataset, args, decode_mask=None):
 
 
 def read_batch(store, rows):
-    """Images of a store as one padded batch: pixels (B, H, W, C) uint8, sizes (B, 2) int64 as (height, width)."""
+    """Images of a store as one padded batch: pixels (B, H, W, C) uint8, sizes (B, 2) int64 as (height,
+    width)."""
     shapes = store.shapes[rows]
     height, width, channels = shapes.max(0) if len(rows) else (1, 1, 1)
     batch = torch.zeros(len(rows), height, width, int(store.shapes[:, 2].max()), dtype=torch.uint8)
@@ -987,11 +1005,12 @@ def epoch_order(count, batch_size, seed, epoch):
     return order[:count - count % batch_size].reshape(-1, batch_size)
 
 
-# ---------------------------------------------------------------- augmentation --------------------------------
+# ---------------------------------------------------------------- augmentation ------------------------------
 
 class Draws:
-    """Random numbers of one training step. They are drawn on the CPU for all `total` images of the global batch
-    and each process keeps its own `rows`: any number of processes sees the very crops that one would."""
+    """Random numbers of one training step. They are drawn on the CPU for all `total` images of the global
+    batch and each process keeps its own `rows`: any number of processes sees the very crops that one
+    would."""
 
     def __init__(self, key, total, rows, device):
         digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
@@ -1005,8 +1024,9 @@ class Draws:
 
 
 def random_boxes(draws, sizes, scale, ratio=(3 / 4, 4 / 3)):
-    """Boxes of torchvision's RandomResizedCrop: (B, 4) float as (top, left, height, width) in whole pixels. Ten
-    tries at an area share in `scale` and a width-to-height `ratio`; else the largest centred box within it."""
+    """Boxes of torchvision's RandomResizedCrop: (B, 4) float as (top, left, height, width) in whole pixels.
+    Ten tries at an area share in `scale` and a width-to-height `ratio`; else the largest centred box within
+    it."""
     height, width = sizes[:, :1].float(), sizes[:, 1:].float()
     area = height * width * draws.uniform(10, low=scale[0], high=scale[1])
     aspect = torch.exp(draws.uniform(10, low=math.log(ratio[0]), high=math.log(ratio[1])))
@@ -1024,15 +1044,17 @@ def random_boxes(draws, sizes, scale, ratio=(3 / 4, 4 / 3)):
 
 
 def centre_boxes(sizes, side):
-    """The centred square of `side` pixels in each image, (B, 4); smaller images give their whole short side."""
+    """The centred square of `side` pixels in each image, (B, 4); smaller images give their whole short
+    side."""
     side = torch.full_like(sizes[:, 0], side).minimum(sizes.amin(1)).float()
     top, left = ((sizes[:, 0] - side) / 2).floor(), ((sizes[:, 1] - side) / 2).floor()
     return torch.stack([top, left, side, side], 1)
 
 
 def resize_weights(start, length, flip, out, size):
-    """(B, out, size): row i of sample b says how output pixel i is mixed from the pixels start .. start + length
-    of that sample: the antialiased triangle filter of Pillow and torchvision. `flip` (B,) bool reverses them."""
+    """(B, out, size): row i of sample b says how output pixel i is mixed from the pixels start .. start +
+    length of that sample: the antialiased triangle filter of Pillow and torchvision. `flip` (B,) bool
+    reverses them."""
     scale = (length / out)[:, None, None]
     target = torch.arange(out, device=start.device)[None, :, None]
     target = torch.where(flip[:, None, None], out - 1 - target, target)
@@ -1045,8 +1067,8 @@ def resize_weights(start, length, flip, out, size):
 
 
 def crop_resize(images, boxes, side, flips=None):
-    """Cut a box out of each image and scale it to side x side: (B, H, W, C) uint8 -> (B, C, side, side) float in
-    [0, 1]. flips (B, 2) bool: upside down, left to right. Two matrix products, whatever the sizes."""
+    """Cut a box out of each image and scale it to side x side: (B, H, W, C) uint8 -> (B, C, side, side) float
+    in [0, 1]. flips (B, 2) bool: upside down, left to right. Two matrix products, whatever the sizes."""
     flips = torch.zeros(len(images), 2, dtype=torch.bool, device=images.device) if flips is None else flips
     batch, height, width, channels = images.shape
     rows = resize_weights(boxes[:, 0], boxes[:, 2], flips[:, 0], side, height)
@@ -1063,8 +1085,8 @@ YIQ = ((0.299, 0.587, 0.114), (0.595716, -0.274453, -0.321263), (0.211456, -0.52
 def color_jitter(images, draws, strengths, probability=0.8):
     """Brightness, contrast, saturation and hue, changed per sample. images (B, 1 or 3, H, W) in [0, 1].
 
-    Each of the four is linear in RGB (hue: a rotation in YIQ), so a sample needs one 3x3 matrix and one offset.
-    Unlike torchvision, the order is fixed and values are clipped once, at the end."""
+    Each of the four is linear in RGB (hue: a rotation in YIQ), so a sample needs one 3x3 matrix and one
+    offset. Unlike torchvision, the order is fixed and values are clipped once, at the end."""
     brightness, contrast, saturation, hue = strengths
     apply = (draws.uniform() < probability).float()
     amount = lambda strength: 1 + apply * draws.uniform(low=-strength, high=strength)  # noqa: E731
@@ -1099,18 +1121,20 @@ def train_view(images, sizes, draws, args, mean, std):
 
 
 def eval_view(images, sizes, args, mean, std):
-    """The centre image_size of resize pixels (224 of 256 in the paper), never less than 7/8 of the short side."""
+    """The centre image_size of resize pixels (224 of 256 in the paper), never less than 7/8 of the short
+    side."""
     boxes = centre_boxes(sizes, max(args.image_size, args.resize * 7 // 8))
     return normalize(crop_resize(images, boxes, args.image_size), mean, std)
 
 
-# ---------------------------------------------------------------- models --------------------------------------
+# ---------------------------------------------------------------- models ------------------------------------
 
 ARCHS = {"deit_tiny": "deit_tiny_patch16_224", "deit_small": "deit_small_patch16_224",
          "deit_base": "deit_base_patch16_224", "resnet18": "resnet18.tv_in1k", "resnet50": "resnet50.tv_in1k",
          "resnet152": "resnet152.tv_in1k"}
 DINO_IMAGENET = {"deit_small": "vit_small_patch16_224.dino", "deit_base": "vit_base_patch16_224.dino",
-                 "resnet50": "https://dl.fbaipublicfiles.com/dino/dino_resnet50_pretrain/dino_resnet50_pretrain.pth"}
+                 "resnet50": "https://dl.fbaipublicfiles.com/dino/dino_resnet50_pretrain/"
+                             "dino_resnet50_pretrain.pth"}
 HEADS = ("head.", "head_dist.", "fc.", "classifier.")  # what a backbone does not need of a checkpoint
 
 
@@ -1136,17 +1160,19 @@ def create(arch, num_classes, image_size, **options):
 
 
 def read_checkpoint(path, key=None):
-    """(weights, meta) of a model.pt of this project, a timm or torchvision state dict (.pt, .pth, .safetensors)
-    or a checkpoint of facebookresearch/dino (`key` "teacher", the default, or "student"). Data only: code in a
-    file is refused. meta is what a model.pt says about itself, {} elsewhere."""
+    """(weights, meta) of a model.pt of this project, a timm or torchvision state dict (.pt, .pth,
+    .safetensors) or a checkpoint of facebookresearch/dino (`key` "teacher", the default, or "student"). Data
+    only: code in a file is refused. meta is what a model.pt says about itself, {} elsewhere."""
     if not Path(path).is_file():
-        fail(f"--init {path}: no such file (random, imagenet and imagenet-dino are the names that are no files)")
+        fail(f"--init {path}: no such file (random, imagenet and imagenet-dino are the names that are no "
+             "files)")
     try:
         if str(path).endswith(".safetensors"):
             content = dict(timm.models.load_state_dict(str(path)))
         else:
             with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-                warnings.simplefilter("ignore")  # a refusal is said below; DINO's full checkpoints hold a Namespace
+                # a refusal is said below; DINO's full checkpoints hold a Namespace
+                warnings.simplefilter("ignore")
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         fail(f"--init {path}: refused, since it holds more than tensors and could run code; "
@@ -1161,7 +1187,8 @@ def read_checkpoint(path, key=None):
         if key:
             fail(f"--init-key {key}: {path} has no such part")
     if not isinstance(content, dict) or not content or not all(torch.is_tensor(v) for v in content.values()):
-        fail(f"--init {path}: no weights in it (expected tensors by name, or a dict with state_dict, model or teacher)")
+        fail(f"--init {path}: no weights in it (expected tensors by name, or a dict with state_dict, model "
+             "or teacher)")
     weights = {}
     for name, tensor in content.items():
         for prefix in ("_orig_mod.", "module.", "model.", "backbone."):
@@ -1171,7 +1198,8 @@ def read_checkpoint(path, key=None):
 
 
 def published_weights(arch, init):
-    """The weights of --init imagenet (timm, supervised) or imagenet-dino (the DINO authors'), downloaded once."""
+    """The weights of --init imagenet (timm, supervised) or imagenet-dino (the DINO authors'), downloaded
+    once."""
     name = ARCHS.get(arch, arch) if init == "imagenet" else DINO_IMAGENET.get(arch)
     if name is None:
         fail(f"--init imagenet-dino has weights for {some(DINO_IMAGENET)}, not for {arch}")
@@ -1182,12 +1210,14 @@ def published_weights(arch, init):
     except Exception as error:  # the hub client raises its own, httpx's, urllib's and OS errors
         reason = (str(error).splitlines() or [""])[0][:160]
         fail(f"--init {init}: the weights {name} are not on this machine and cannot be downloaded "
-             f"({type(error).__name__}: {reason}); fetch the file where there is a network and pass it as --init FILE")
+             f"({type(error).__name__}: {reason}); fetch the file where there is a network and pass it as "
+             "--init FILE")
 
 
 def load_backbone(model, weights, source):
-    """Copy weights into a model, strictly but for the classifier: a backbone tensor that is missing, left over or
-    of another shape is an error that lists them. Position embeddings are resampled. Returns the match count."""
+    """Copy weights into a model, strictly but for the classifier: a backbone tensor that is missing, left
+    over or of another shape is an error that lists them. Position embeddings are resampled. Returns the match
+    count."""
     weights = {k: v for k, v in weights.items() if not k.startswith(HEADS)}
     own = {k: v for k, v in model.state_dict().items() if not k.startswith(HEADS)}
     if "pos_embed" in own and "pos_embed" in weights and own["pos_embed"].shape != weights["pos_embed"].shape:
@@ -1242,9 +1272,10 @@ def to_device(model, run):
 
 
 def attention_reader(model):
-    """A function images (B, 3, H, W) -> [(B, heads, T, T) softmax attention of each block in order], read with
-    timm's AttentionExtract; rows are queries, the last patch_embed.grid_size tokens the patches. None for a model
-    without such blocks. Build models after timm.layers.set_fused_attn(False): fused attention forms no map."""
+    """A function images (B, 3, H, W) -> [(B, heads, T, T) softmax attention of each block in order], read
+    with timm's AttentionExtract; rows are queries, the last patch_embed.grid_size tokens the patches. None
+    for a model without such blocks. Build models after timm.layers.set_fused_attn(False): fused attention
+    forms no map."""
     names = [name for name, _ in model.named_modules() if fnmatch(name, "blocks.*.attn.attn_drop")]
     if not names or not hasattr(getattr(model, "patch_embed", None), "grid_size"):
         return None
@@ -1264,8 +1295,8 @@ def attention_reader(model):
 
 
 def features(model, images, pool="auto"):
-    """(B, D) float32: the CLS token of a ViT ("cls"), the mean of its patch tokens ("mean") or, for "auto", what
-    the model itself feeds its classifier: CLS for DeiT, the pooled map for a CNN."""
+    """(B, D) float32: the CLS token of a ViT ("cls"), the mean of its patch tokens ("mean") or, for "auto",
+    what the model itself feeds its classifier: CLS for DeiT, the pooled map for a CNN."""
     tokens = model.forward_features(images)
     if pool == "auto" or tokens.ndim != 3:
         return model.forward_head(tokens, pre_logits=True).float()
@@ -1290,8 +1321,8 @@ def extract(model, dataset, split, args, run, pool="auto", batch_size=128):
 
 
 class SyncBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
-    """Batch norm over the global batch, for processes on CPUs, where PyTorch has none. x (B, C, ...), with the same B
-    on every process."""
+    """Batch norm over the global batch, for processes on CPUs, where PyTorch has none. x (B, C, ...), with
+    the same B on every process."""
 
     def _check_input_dim(self, x):
         pass
@@ -1314,7 +1345,8 @@ class SyncBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
 
 
 def sync_batch_norm(model, run):
-    """Batch statistics over the global batch, so that results do not depend on how many processes share it."""
+    """Batch statistics over the global batch, so that results do not depend on how many processes share
+    it."""
     if run.world == 1:
         return model
     if run.device.type == "cuda":
@@ -1323,11 +1355,12 @@ def sync_batch_norm(model, run):
         if type(module) in (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d):
             module.__class__ = SyncBatchNorm  # same parameters and buffers, another forward
         elif isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            fail(f"{type(module).__name__} has no version for several CPU processes; use one process, or GPUs")
+            fail(f"{type(module).__name__} has no version for several CPU processes; use one process, or "
+                 "GPUs")
     return model
 
 
-# ---------------------------------------------------------------- run helpers: start, arguments, folder --------
+# ---------------------------------------------------------------- run helpers: start, arguments, folder -----
 
 @dataclass
 class Run:
@@ -1344,8 +1377,8 @@ class Run:
 
 
 def has_fast_bf16(device):
-    """Whether bf16 is quick on a device: CUDA from Ampere on, CPUs with AVX512-BF16 or AMX. (Others emulate it,
-    tens of times slower than fp32.)"""
+    """Whether bf16 is quick on a device: CUDA from Ampere on, CPUs with AVX512-BF16 or AMX. (Others emulate
+    it, tens of times slower than fp32.)"""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
@@ -1357,9 +1390,11 @@ def start(args):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local, neighbours = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     mps = torch.backends.mps.is_available()
-    kind = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    kind = (args.device if args.device != "auto" else
+            "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     if (kind == "cuda" and not torch.cuda.is_available()) or (kind == "mps" and not mps):
-        fail(f"--device {kind}: PyTorch {torch.__version__} sees no such device here; use --device auto or cpu")
+        fail(f"--device {kind}: PyTorch {torch.__version__} sees no such device here; use --device auto or "
+             "cpu")
     device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         if local >= torch.cuda.device_count():
@@ -1367,11 +1402,14 @@ def start(args):
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     elif kind == "cpu":
-        timm.layers.set_fused_attn(False)  # on CPUs two products and a softmax beat the fused kernel 3 to 6 times
+        # on CPUs two products and a softmax beat the fused kernel 3 to 6 times
+        timm.layers.set_fused_attn(False)
         if world > 1:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
-    if world > 1 and not dist.is_initialized():  # 12 hours: rank 0 may build a large cache while the rest wait
-        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=12))
+    # 12 hours: rank 0 may build a large cache while the rest wait
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
+                                timeout=timedelta(hours=12))
     amp = args.amp if args.amp != "auto" else "bf16" if has_fast_bf16(device) else "off"
     if amp == "fp16" and kind != "cuda":
         fail("--amp fp16 needs a CUDA device; use bf16 or off")
@@ -1406,7 +1444,8 @@ def own_share(total, run, what="--batch-size"):
 
 
 def gather_rows(part, total, run):
-    """Put rows rank, rank + world, ... of every process back in order: (total, ...) on the CPU, each row once."""
+    """Put rows rank, rank + world, ... of every process back in order: (total, ...) on the CPU, each row
+    once."""
     part = part.cpu()
     if run.world == 1:
         return part
@@ -1419,7 +1458,8 @@ def gather_rows(part, total, run):
 
 def make_parser(description, image_size=224):
     """The arguments that every stage has, in the groups data, model and run: (parser, groups by name)."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=description,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(f"{message} (--help lists all arguments)")
     data, model, run = (parser.add_argument_group(name) for name in ("data", "model", "run"))
     data.add_argument("--dataset", default="demo", choices=list(INDEX))
@@ -1435,17 +1475,23 @@ def make_parser(description, image_size=224):
     data.add_argument("--split-file", help="JSON of the split: read if it is there, else written")
     data.add_argument("--metric", choices=METRICS, help="headline metric (default: the dataset's)")
     data.add_argument("--cache-dir", default="cache", help="where decoded images are kept (default ./cache)")
-    data.add_argument("--image-size", type=int, default=image_size, help=f"pixels (default, paper: {image_size})")
-    data.add_argument("--resize", type=int, help="short side in the cache, pixels (default 8/7 image size; paper 256)")
+    data.add_argument("--image-size", type=int, default=image_size,
+                      help=f"pixels (default, paper: {image_size})")
+    data.add_argument("--resize", type=int,
+                      help="short side in the cache, pixels (default 8/7 image size; paper 256)")
     data.add_argument("--limit", type=int, help="use N training images, classes in proportion")
     data.add_argument("--split-seed", type=int, default=42, help="of splits that are carved (default 42)")
     data.add_argument("--leakage", default="warn", choices=["warn", "drop", "error"],
                       help="identical images in two splits: say so, take them out of train, or stop")
     data.add_argument("--skip-broken", action="store_true", help="leave out files that cannot be decoded")
-    data.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1), help="processes that build the cache")
-    model.add_argument("--arch", help=f"{', '.join(ARCHS)} or any timm name (default that of --init, or deit_small)")
-    model.add_argument("--init", default="random", help="random, imagenet, imagenet-dino, or a checkpoint file")
-    model.add_argument("--init-key", help="part of a checkpoint to take, e.g. student (default teacher or model)")
+    data.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1),
+                      help="processes that build the cache")
+    model.add_argument("--arch",
+                       help=f"{', '.join(ARCHS)} or any timm name (default that of --init, or deit_small)")
+    model.add_argument("--init", default="random",
+                       help="random, imagenet, imagenet-dino, or a checkpoint file")
+    model.add_argument("--init-key",
+                       help="part of a checkpoint to take, e.g. student (default teacher or model)")
     run.add_argument("--output", help="run folder (default runs/STAGE-DATASET-ARCH-INIT-sSEED)")
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
@@ -1457,12 +1503,15 @@ def make_parser(description, image_size=224):
 
 
 def parse(parser):
-    """Read the command line, check what can be checked without data, and fill the defaults that hang together."""
+    """Read the command line, check what can be checked without data, and fill the defaults that hang
+    together."""
     args = parser.parse_args()
     for name, value in vars(args).items():
-        if name in ("image_size", "resize", "limit", "epochs", "batch_size") and value is not None and value < 1:
+        if name in ("image_size", "resize", "limit", "epochs", "batch_size") \
+                and value is not None and value < 1:
             fail(f"--{name.replace('_', '-')} {value}: must be at least 1")
-        if name in ("lr", "weight_decay", "warmup_steps", "workers", "clip_grad") and value is not None and value < 0:
+        if name in ("lr", "weight_decay", "warmup_steps", "workers", "clip_grad") \
+                and value is not None and value < 0:
             fail(f"--{name.replace('_', '-')} {value}: must not be negative")
     meta = {}
     if args.init not in ("random", "imagenet", "imagenet-dino"):
@@ -1476,19 +1525,21 @@ def parse(parser):
 
 
 def init_label(init, meta):
-    """A short name of --init for folders and tables: "dino" for a model.pt of pretrain_dino.py ("imagenet+dino" if it
-    started there), "finetuned" for one of finetune.py, the file's name for a checkpoint of somebody else's."""
+    """A short name of --init for folders and tables: "dino" for a model.pt of pretrain_dino.py
+    ("imagenet+dino" if it started there), "finetuned" for one of finetune.py, the file's name for a
+    checkpoint of somebody else's."""
     if init in ("random", "imagenet", "imagenet-dino"):
         return init
     start = "" if meta.get("init") in (None, "random") else meta["init"] + "+"
-    return start + {"pretrain_dino": "dino", "finetune": "finetuned", "segment": "segmenter"}[meta["stage"]] if "stage" in meta \
-        else Path(init).stem
+    return start + {"pretrain_dino": "dino", "finetune": "finetuned", "segment": "segmenter"}[meta["stage"]] \
+        if "stage" in meta else Path(init).stem
 
 
 def versions():
     """Versions of Python and of the packages that decide results."""
-    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
-            "timm": timm.__version__, "numpy": np.__version__, "pillow": Image.__version__}
+    return {"python": platform.python_version(), "torch": torch.__version__,
+            "torchvision": torchvision.__version__, "timm": timm.__version__, "numpy": np.__version__,
+            "pillow": Image.__version__}
 
 
 def device_name(device):
@@ -1503,8 +1554,8 @@ NOT_COMPARED = {"output", "overwrite", "workers", "cache_dir", "device", "predic
 
 
 def open_run(args, run, stage):
-    """The run folder, fresh or to be resumed; nothing is written yet. Ends the script if the same run is complete.
-    A folder that holds a run with other arguments is an error naming them, unless --overwrite."""
+    """The run folder, fresh or to be resumed; nothing is written yet. Ends the script if the same run is
+    complete. A folder that holds a run with other arguments is an error naming them, unless --overwrite."""
     folder = Path(args.output or "-".join(["runs/" + stage, args.dataset, args.arch, args.init_label,
                                            f"s{args.seed}"]))
     if folder.exists() and not folder.is_dir():
@@ -1517,12 +1568,13 @@ def open_run(args, run, stage):
         try:
             old = json.loads((folder / "args.json").read_text())["arguments"]
         except (ValueError, KeyError, OSError) as error:
-            fail(f"{folder} holds a run whose args.json cannot be read ({error}); give another --output, or --overwrite")
+            fail(f"{folder} holds a run whose args.json cannot be read ({error}); give another --output, or "
+                 "--overwrite")
         here = vars(args)
         if old.get("stage") != stage:
             fail(f"{folder} holds another run, of {old.get('stage')}; give another --output")
-        differ = [f"{k} {old.get(k)!r} there, {here.get(k)!r} here" for k in sorted({*old, *here} - NOT_COMPARED)
-                  if old.get(k) != here.get(k)]
+        differ = [f"{k} {old.get(k)!r} there, {here.get(k)!r} here"
+                  for k in sorted({*old, *here} - NOT_COMPARED) if old.get(k) != here.get(k)]
         if differ:
             fail(f"{folder} holds another run: {some(differ)}; give another --output, or --overwrite")
         if (folder / "metrics.json").exists():
@@ -1535,15 +1587,16 @@ def open_run(args, run, stage):
 
 
 def write_args(folder, args, run, extra_files=()):
-    """Make the run folder and write args.json; with --overwrite the files of the run that was there go first."""
+    """Make the run folder and write args.json; with --overwrite the files of the run that was there go
+    first."""
     if run.rank == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for name in [*RUN_FILES, *extra_files] if args.overwrite else []:
                 (folder / name).unlink(missing_ok=True)
             write_json(folder / "args.json", {
-                "stage": args.stage, "arguments": vars(args), "command": " ".join(sys.argv), "versions": versions(),
-                "device": device_name(run.device), "world_size": run.world})
+                "stage": args.stage, "arguments": vars(args), "command": " ".join(sys.argv),
+                "versions": versions(), "device": device_name(run.device), "world_size": run.world})
         except OSError as error:
             fail(f"--output {folder} cannot be written ({error})")
     barrier()
@@ -1597,7 +1650,7 @@ def print_table(head, rows):
             say("  ".join("-" * width for width in widths))
 
 
-# ---------------------------------------------------------------- run helpers: metrics -------------------------
+# ---------------------------------------------------------------- run helpers: metrics ----------------------
 
 METRICS = ["accuracy", "recall", "precision", "f1", "quadratic_kappa", "roc_auc", "average_precision"]
 
@@ -1631,14 +1684,15 @@ def mean_defined(values):
 
 
 def metric(name, task, labels, scores):
-    """One of METRICS. labels (N,) int or (N, L) 0/1; scores (N, C) probabilities. Averages run over the classes
-    that the labels hold; None where the metric is not defined on these labels."""
+    """One of METRICS. labels (N,) int or (N, L) 0/1; scores (N, C) probabilities. Averages run over the
+    classes that the labels hold; None where the metric is not defined on these labels."""
     multilabel = task == "multilabel"
     classes = scores.shape[1]
     if name in ("roc_auc", "average_precision"):
         function = roc_auc if name == "roc_auc" else average_precision
         columns = [1] if classes == 2 and not multilabel else range(classes)
-        return mean_defined([function(labels[:, c] if multilabel else labels == c, scores[:, c]) for c in columns])
+        return mean_defined([function(labels[:, c] if multilabel else labels == c, scores[:, c])
+                             for c in columns])
     if multilabel:
         truth, guess = labels > 0.5, scores > 0.5
         if name == "accuracy":
@@ -1660,12 +1714,14 @@ def metric(name, task, labels, scores):
     if not present.any():
         return None
     hit, true, said = hit[present], true[present], said[present]
-    value = {"recall": hit / true, "precision": hit / np.maximum(said, 1), "f1": 2 * hit / (true + said)}[name]
+    value = {"recall": hit / true, "precision": hit / np.maximum(said, 1),
+             "f1": 2 * hit / (true + said)}[name]
     return float(value.mean())
 
 
 def all_metrics(task, classes, labels, scores):
-    """Every metric of METRICS that the task has, and "undefined": the classes that these labels do not hold."""
+    """Every metric of METRICS that the task has, and "undefined": the classes that these labels do not
+    hold."""
     values = {name: metric(name, task, labels, scores) for name in METRICS}
     if task == "multilabel":
         del values["quadratic_kappa"]
@@ -1676,8 +1732,8 @@ def all_metrics(task, classes, labels, scores):
 
 
 def bootstrap_interval(score, count, groups=None, seed=0, resamples=1000):
-    """95 % percentile interval of score(indices) over resampled images (or groups, such as patients): [low, high],
-    None where fewer than half of the resamples define it."""
+    """95 % percentile interval of score(indices) over resampled images (or groups, such as patients): [low,
+    high], None where fewer than half of the resamples define it."""
     rng, values = np.random.default_rng(seed), []
     members = None
     if groups is not None:
@@ -1719,7 +1775,7 @@ def write_predictions(path, dataset, paths, labels, scores):
     write_table(path, ["path", "label", "predicted", *dataset.classes], rows)
 
 
-# ---------------------------------------------------------------- run helpers: drawing -------------------------
+# ---------------------------------------------------------------- run helpers: drawing ----------------------
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito 2008
 
@@ -1733,13 +1789,15 @@ def ticks(low, high, most=5):
     """Round numbers that cover low to high."""
     step = 10 ** math.floor(math.log10(max(high - low, 1e-12) / most))
     step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= most)
-    return [round(step * i, 10) for i in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]
+    return [round(step * i, 10) for i in range(math.floor(low / step + 1e-9),
+                                               math.ceil(high / step - 1e-9) + 1)]
 
 
 def draw_plot(path, panels, size=(640, 480)):
-    """Draw panels side by side into a PNG. A panel is a dict: title, xlabel, ylabel, series, optional xnames (text
-    under x = 0, 1, ...) and ylim. A series: label, x, y, optional error (half length), kind "line", "points",
-    "bars" or "dashed", colour (an index into COLOURS). Points whose y is None or NaN are left out."""
+    """Draw panels side by side into a PNG. A panel is a dict: title, xlabel, ylabel, series, optional xnames
+    (text under x = 0, 1, ...) and ylim. A series: label, x, y, optional error (half length), kind "line",
+    "points", "bars" or "dashed", colour (an index into COLOURS). Points whose y is None or NaN are left
+    out."""
     width, height = size
     picture = Image.new("RGB", (width * len(panels), height), "white")
     pen = ImageDraw.Draw(picture)
@@ -1747,7 +1805,8 @@ def draw_plot(path, panels, size=(640, 480)):
         series = []
         for i, one in enumerate(panel["series"]):
             errors = one.get("error") or [0] * len(one["x"])
-            points = [(x, y, e or 0) for x, y, e in zip(one["x"], one["y"], errors) if y is not None and y == y]
+            points = [(x, y, e or 0) for x, y, e in zip(one["x"], one["y"], errors)
+                      if y is not None and y == y]
             series.append((one, points, COLOURS[one.get("colour", i) % len(COLOURS)]))
         every = [p for _, points, _ in series for p in points] or [(0, 0, 0), (1, 1, 0)]
         bars = any(one.get("kind") == "bars" for one, _, _ in series)
@@ -1779,11 +1838,13 @@ def draw_plot(path, panels, size=(640, 480)):
                 if kind == "bars":
                     wide = (right - left) / (x1 - x0) * 0.8 / len(series)
                     px += (i - (len(series) - 1) / 2) * wide
-                    pen.rectangle([px - wide * 0.46, min(py, up(0)), px + wide * 0.46, max(py, up(0))], fill=colour)
+                    pen.rectangle([px - wide * 0.46, min(py, up(0)), px + wide * 0.46, max(py, up(0))],
+                                  fill=colour)
                 elif kind == "points" or len(points) == 1:
                     pen.ellipse([px - 4, py - 4, px + 4, py + 4], fill=colour)
                 if error:
-                    pen.line([px, up(y - error), px, up(y + error)], fill="black" if kind == "bars" else colour, width=2)
+                    pen.line([px, up(y - error), px, up(y + error)],
+                             fill="black" if kind == "bars" else colour, width=2)
                     for end in (y - error, y + error):
                         pen.line([px - 5, up(end), px + 5, up(end)], "black" if kind == "bars" else colour, 2)
         pen.line([left, top, left, bottom, right, bottom], fill="black", width=2)
@@ -1801,11 +1862,12 @@ def draw_plot(path, panels, size=(640, 480)):
 
 
 def draw_grid(path, rows, captions=None, row_labels=None, side=160, title=""):
-    """Draw a grid of images (H, W, 1 or 3) uint8, one list a row, each fitted into side x side, into a PNG, with a
-    caption (text, or (text, colour)) under each and a label in front of each row."""
+    """Draw a grid of images (H, W, 1 or 3) uint8, one list a row, each fitted into side x side, into a PNG,
+    with a caption (text, or (text, colour)) under each and a label in front of each row."""
     margin, caption = (110 if row_labels else 6), (22 if captions else 4)
     head = 28 if title else 4
-    picture = Image.new("RGB", (margin + max(map(len, rows)) * (side + 6), head + len(rows) * (side + caption)), "white")
+    picture = Image.new("RGB", (margin + max(map(len, rows)) * (side + 6),
+                                head + len(rows) * (side + caption)), "white")
     pen = ImageDraw.Draw(picture)
     write_text(pen, (margin, 4), title, 17)
     for i, row in enumerate(rows):
@@ -1822,8 +1884,8 @@ def draw_grid(path, rows, captions=None, row_labels=None, side=160, title=""):
 
 
 def draw_confusion(path, table, classes):
-    """Draw a confusion matrix, table (C, C) counts with true classes as rows, into a PNG: shade is the share of the
-    row, text the count."""
+    """Draw a confusion matrix, table (C, C) counts with true classes as rows, into a PNG: shade is the share
+    of the row, text the count."""
     cell, margin = max(46, 420 // len(classes)), 30 + int(max(
         ImageFont.load_default(15).getlength(name) for name in classes))
     side = cell * len(classes)
@@ -1837,7 +1899,8 @@ def draw_confusion(path, table, classes):
             share, x = table[i, j] / max(table[i].sum(), 1), margin + j * cell
             shade = tuple(int(255 - share * (255 - c)) for c in (0, 114, 178))
             pen.rectangle([x, y, x + cell - 2, y + cell - 2], fill=shade)
-            write_text(pen, (x + cell / 2, y + cell / 2), table[i, j], 15, "mm", "white" if share > 0.5 else "black")
+            write_text(pen, (x + cell / 2, y + cell / 2), table[i, j], 15, "mm",
+                       "white" if share > 0.5 else "black")
         label = Image.new("RGB", (margin, 20), "white")
         write_text(ImageDraw.Draw(label), (margin - 2, 2), name, 15, "ra")
         picture.paste(label.rotate(90, expand=True), (margin + i * cell + cell // 2 - 10, 40 + side))

@@ -1,14 +1,15 @@
-"""Segment with DeepLabv3 on a ResNet or a ViT: train, choose the epoch on validation, test it once; predict new
-images; or draw two runs beside the truth.
+"""Segment with DeepLabv3 on a ResNet or a ViT: train, choose the epoch on validation, test it once; predict
+new images; or draw two runs beside the truth.
 
     python segment.py --arch resnet50 --image-size 128 --epochs 10
     torchrun --nproc_per_node 4 segment.py --dataset folder --data-dir DIR --arch deit_small --init imagenet
     python segment.py --predict NEW_IMAGES --init runs/RUN/model.pt --output masks/
     python segment.py --compare runs/RESNET runs/DEIT --output comparison.png
 
-Matsoukas et al. 2023 (arXiv:2303.07034), segmentation and figure 2; the head of Chen et al. 2017 (arXiv:1706.05587).
---dataset folder expects images/ and masks/ with the same file names (0/255, class indices, or a palette PNG), in
-train/, val/ and test/, or at once, to be split by --csv (--split-column, --group-column) or at random.
+Matsoukas et al. 2023 (arXiv:2303.07034), segmentation and figure 2; the head of Chen et al. 2017
+(arXiv:1706.05587).
+--dataset folder expects images/ and masks/ with the same file names (0/255, class indices, or a palette PNG),
+in train/, val/ and test/, or at once, to be split by --csv (--split-column, --group-column) or at random.
 """
 import argparse
 import json
@@ -42,22 +43,30 @@ def arguments():
                       help="folder: names of the mask values 0, 1, ... (default background,lesion)")
     model.add_argument("--output-stride", type=int, default=8, choices=[8, 16, 32],
                        help="of a CNN, which is dilated for it (default, paper: 8); a ViT has its patches")
-    train.add_argument("--loss", default="ce+dice", choices=["ce+dice", "ce", "dice"], help="(default ce+dice)")
+    train.add_argument("--loss", default="ce+dice", choices=["ce+dice", "ce", "dice"],
+                       help="(default ce+dice)")
     train.add_argument("--epochs", type=int, default=50)
     train.add_argument("--batch-size", type=int, default=16, help="over all processes (default 16)")
-    train.add_argument("--lr", type=float, default=1e-4, help="peak learning rate of Adam (default, paper: 1e-4)")
-    train.add_argument("--min-lr", type=float, default=1e-6, help="where the cosine ends (default, paper: 1e-6)")
+    train.add_argument("--lr", type=float, default=1e-4,
+                       help="peak learning rate of Adam (default, paper: 1e-4)")
+    train.add_argument("--min-lr", type=float, default=1e-6,
+                       help="where the cosine ends (default, paper: 1e-6)")
     train.add_argument("--weight-decay", type=float, default=1e-5, help="(default, paper: 1e-5)")
-    train.add_argument("--warmup-steps", type=int, default=500, help="(default 500), at most a quarter of all steps")
-    train.add_argument("--clip-grad", type=float, default=1.0, help="gradient norm (default, paper: 1; 0: off)")
+    train.add_argument("--warmup-steps", type=int, default=500,
+                       help="(default 500), at most a quarter of all steps")
+    train.add_argument("--clip-grad", type=float, default=1.0,
+                       help="gradient norm (default, paper: 1; 0: off)")
     train.add_argument("--scale", type=float, nargs=2, default=[0.5, 1.0], metavar=("LOW", "HIGH"),
                        help="area of the random crop (default 0.5 1)")
-    train.add_argument("--jitter", type=float, nargs=4, default=[0.2, 0.2, 0.1, 0.1], metavar=("B", "C", "S", "H"),
+    train.add_argument("--jitter", type=float, nargs=4, default=[0.2, 0.2, 0.1, 0.1],
+                       metavar=("B", "C", "S", "H"),
                        help="brightness, contrast, saturation, hue (default, paper: 0.2 0.2 0.1 0.1)")
     groups["run"].add_argument("--predict", metavar="FOLDER",
-                               help="no training: masks of these images, at their own size, by the model of --init")
+                               help="no training: masks of these images, at their own size, by the model of "
+                                    "--init")
     groups["run"].add_argument("--compare", nargs=2, metavar=("RUN_A", "RUN_B"),
-                               help="no training: draw two runs' masks on their test split into --output FILE.png")
+                               help="no training: draw two runs' masks on their test split into --output "
+                                    "FILE.png")
     args = common.parse(parser)
     args.classes = [name.strip() for name in args.classes.split(",")]
     if len(args.classes) < 2 or not all(args.classes):
@@ -69,12 +78,14 @@ def arguments():
     return args
 
 
-# ---------------------------------------------------------------- images with masks ---------------------------
+# ---------------------------------------------------------------- images with masks -------------------------
 
 def pair_files(folder):
-    """{stem: (image, mask)} of folder/images and folder/masks; stems are paths below these, without suffix."""
+    """{stem: (image, mask)} of folder/images and folder/masks; stems are paths below these, without
+    suffix."""
     if not all((folder / part).is_dir() for part in ("images", "masks")):
-        fail(f"{folder}: expected images/ and masks/ in it; found {some(sorted(p.name for p in folder.iterdir()))}")
+        fail(f"{folder}: expected images/ and masks/ in it; found "
+             f"{some(sorted(p.name for p in folder.iterdir()))}")
     found = {}
     for part in ("images", "masks"):
         files = common.images_under(folder / part)
@@ -84,8 +95,8 @@ def pair_files(folder):
                                          else "there are no images in it"))
     lacking = [file for stem, file in found["images"].items() if stem not in found["masks"]]
     if lacking:
-        fail(f"{folder}: {len(lacking)} of {len(found['images'])} images have no mask of the same name in masks/: "
-             f"{some(lacking, 20)}")
+        fail(f"{folder}: {len(lacking)} of {len(found['images'])} images have no mask of the same name in "
+             f"masks/: {some(lacking, 20)}")
     return {stem: (file, found["masks"][stem]) for stem, file in found["images"].items()}
 
 
@@ -97,8 +108,10 @@ def index_folder(args):
     if not args.csv:
         if parts and "train" not in parts:
             fail(f"{root}: expected train/ beside {some(path.name for path in parts.values())}")
-        pairs = {name: list(pair_files(folder).values()) for name, folder in (parts or {"train": root}).items()}
-        splits = {name: Split([a for a, _ in part], masks=[b for _, b in part]) for name, part in pairs.items()}
+        pairs = {name: list(pair_files(folder).values())
+                 for name, folder in (parts or {"train": root}).items()}
+        splits = {name: Split([a for a, _ in part], masks=[b for _, b in part])
+                  for name, part in pairs.items()}
         return Dataset(root.resolve().name, "masks", args.classes, splits, "iou")
     pairs, rows = pair_files(root), common.read_csv(
         args.csv, [args.image_column, args.split_column, args.group_column])
@@ -106,13 +119,15 @@ def index_folder(args):
     stems = [str(Path(n).with_suffix("")) if Path(n).suffix.lower() in common.SUFFIXES else n for n in names]
     missing = [name for name, stem in zip(names, stems) if stem not in pairs]
     if missing:
-        fail(f"{args.csv}: {len(missing)} of {len(rows)} listed images are not in {root / 'images'}: {some(missing)}")
+        fail(f"{args.csv}: {len(missing)} of {len(rows)} listed images are not in {root / 'images'}: "
+             f"{some(missing)}")
     groups = [row[args.group_column] for row in rows] if args.group_column else None
     every = Split([pairs[stem][0] for stem in stems], groups=groups, masks=[pairs[stem][1] for stem in stems])
     where = [(row[args.split_column] or "").strip().lower() if args.split_column else "train" for row in rows]
     wrong = [f"{value!r} of {name}" for value, name in zip(where, names) if value not in SPLIT_NAMES]
     if wrong or "train" not in {SPLIT_NAMES[value] for value in where}:
-        fail(f"{args.csv}: column {args.split_column!r} must hold train, val and test, train at least: {some(wrong)}")
+        fail(f"{args.csv}: column {args.split_column!r} must hold train, val and test, train at least: "
+             f"{some(wrong)}")
     parts = {name: [i for i, value in enumerate(where) if SPLIT_NAMES[value] == name]
              for name in ("train", "val", "test")}
     return Dataset(root.resolve().name, "masks", args.classes,
@@ -127,8 +142,9 @@ def index_demo(args):
 
 
 def open_mask(item, classes):
-    """An item of Split.masks as (H, W, 1) uint8 class indices. A file of two classes may hold 0/255 or 0/1; others
-    hold class indices (of a palette PNG, the palette's). A list of (class, file) is merged, later ones on top."""
+    """An item of Split.masks as (H, W, 1) uint8 class indices. A file of two classes may hold 0/255 or 0/1;
+    others hold class indices (of a palette PNG, the palette's). A list of (class, file) is merged, later ones
+    on top."""
     if isinstance(item, list):
         maps = [(index, open_mask(file, 2)) for index, file in item]
         if len({part.shape for _, part in maps}) != 1:
@@ -167,8 +183,10 @@ def load_masks(args):
     dataset = common.load_dataset(args, decode_mask=open_mask)
     wrong = []
     for split in dataset.splits.values():
-        for i in np.flatnonzero((dataset.store.sizes[split.rows] != dataset.mask_store.sizes[split.rows]).any(1)):
-            mask = tuple(dataset.mask_store.sizes[split.rows[i]])  # large JPEGs are decoded smaller than they are
+        for i in np.flatnonzero((dataset.store.sizes[split.rows]
+                                 != dataset.mask_store.sizes[split.rows]).any(1)):
+            # large JPEGs are decoded smaller than they are
+            mask = tuple(dataset.mask_store.sizes[split.rows[i]])
             if split.paths[i].startswith("demo/") or image_size(split.paths[i]) != mask:
                 wrong.append(f"{split.paths[i]} (mask {mask[1]}x{mask[0]})")
     if wrong:
@@ -177,21 +195,22 @@ def load_masks(args):
 
 
 def crop_masks(masks, boxes, side, flips):
-    """Cut and scale masks as crop_resize does images, but to the nearest pixel: (B, H, W) uint8, boxes (B, 4),
-    flips (B, 2) bool -> (B, side, side) int64."""
+    """Cut and scale masks as crop_resize does images, but to the nearest pixel: (B, H, W) uint8, boxes (B,
+    4), flips (B, 2) bool -> (B, side, side) int64."""
     places = []
     for axis in (0, 1):
         steps = torch.arange(side, device=masks.device).expand(len(masks), side)
         steps = torch.where(flips[:, axis, None], side - 1 - steps, steps)
         start, length = boxes[:, axis, None], boxes[:, axis + 2, None]
-        places.append((start + (steps + 0.5) * length / side).floor().long().clamp(0, masks.shape[1 + axis] - 1))
+        places.append((start + (steps + 0.5) * length / side).floor().long().clamp(
+            0, masks.shape[1 + axis] - 1))
     sample = torch.arange(len(masks), device=masks.device)[:, None, None]
     return masks[sample, places[0][:, :, None], places[1][:, None, :]].long()
 
 
 def train_view(images, masks, sizes, mask_sizes, draws, args, mean, std):
-    """A random box of each image, in proportion to the image's own shape (evaluation sees it whole, squeezed into a
-    square), flips for both, colours for the image: (B, 3, S, S) float, (B, S, S) int64."""
+    """A random box of each image, in proportion to the image's own shape (evaluation sees it whole, squeezed
+    into a square), flips for both, colours for the image: (B, 3, S, S) float, (B, S, S) int64."""
     unit = torch.full_like(sizes, 4096)
     boxes = common.random_boxes(draws, unit, args.scale) / 4096
     flips = draws.uniform(2) < 0.5
@@ -206,11 +225,11 @@ def whole_view(images, sizes, args, mean, std):
     return common.normalize(common.crop_resize(images, boxes, args.image_size), mean, std)
 
 
-# ---------------------------------------------------------------- model and loss ------------------------------
+# ---------------------------------------------------------------- model and loss ----------------------------
 
 class SampleDropout(torch.nn.Dropout):
-    """Dropout whose mask is drawn from a seed per sample, so that it does not depend on how many processes share
-    the batch."""
+    """Dropout whose mask is drawn from a seed per sample, so that it does not depend on how many processes
+    share the batch."""
     seeds = ()
 
     @torch.compiler.disable
@@ -218,14 +237,16 @@ class SampleDropout(torch.nn.Dropout):
         """x (B, C, H, W)."""
         if not self.training:
             return x
-        noise = [torch.rand(x.shape[1:], generator=torch.Generator(x.device).manual_seed(seed), device=x.device)
+        noise = [torch.rand(x.shape[1:], generator=torch.Generator(x.device).manual_seed(seed),
+                            device=x.device)
                  for seed in self.seeds]
         return x * (torch.stack(noise) >= self.p) / (1 - self.p)
 
 
 class ReachConv(torch.nn.Conv2d):
-    """A 3x3 convolution with padding = dilation nearly as wide as the map or wider: its outer taps see little but
-    padding. The same sums from what each tap does see, as matrix products; a third of the time or less."""
+    """A 3x3 convolution with padding = dilation nearly as wide as the map or wider: its outer taps see little
+    but padding. The same sums from what each tap does see, as matrix products; a third of the time or
+    less."""
 
     def forward(self, x):
         """x (B, C, h, w)."""
@@ -244,13 +265,15 @@ def feature_map(backbone, images):
     """The last feature map of any timm model (B, C, h, w): a ViT's patch tokens in their places."""
     tokens = backbone.forward_features(images)
     if tokens.ndim == 3:
-        tokens = tokens[:, getattr(backbone, "num_prefix_tokens", 0):].unflatten(1, backbone.patch_embed.grid_size)
+        tokens = tokens[:, getattr(backbone, "num_prefix_tokens", 0):].unflatten(
+            1, backbone.patch_embed.grid_size)
     nhwc = tokens.shape[-1] == backbone.num_features and tokens.shape[1] != backbone.num_features
     return tokens.permute(0, 3, 1, 2) if nhwc else tokens
 
 
 class DeepLab(torch.nn.Module):
-    """torchvision's DeepLabv3 head on a timm backbone: images (B, 3, S, S) to coarse logits (B, classes, h, w)."""
+    """torchvision's DeepLabv3 head on a timm backbone: images (B, 3, S, S) to coarse logits (B, classes, h,
+    w)."""
 
     def __init__(self, backbone, num_classes, side):
         super().__init__()
@@ -285,9 +308,11 @@ def load_segmenter(path):
     weights, meta = common.read_checkpoint(path)
     if meta.get("task") != "masks":
         fail(f"{path}: not the model.pt of a segment.py run")
-    model, _ = build_segmenter(argparse.Namespace(**meta | {"init": "random", "seed": 0}), meta["num_classes"])
+    model, _ = build_segmenter(argparse.Namespace(**meta | {"init": "random", "seed": 0}),
+                               meta["num_classes"])
     try:
-        model.load_state_dict({k if k.startswith("classifier.") else f"backbone.{k}": v for k, v in weights.items()})
+        model.load_state_dict({k if k.startswith("classifier.") else f"backbone.{k}": v
+                               for k, v in weights.items()})
     except RuntimeError as error:
         fail(f"{path} does not fit {meta['arch']}: {error}")
     return model.eval(), meta
@@ -299,10 +324,11 @@ def upsample(logits, size):
 
 
 def loss_function(logits, targets, kind):
-    """Loss of each image, (B,): cross-entropy over all pixels and classes, plus one minus the soft Dice, averaged
-    over the classes but the background (Milletari et al. 2016, with a sum instead of squares; one pixel is added to
-    both sides of the fraction, so that a class that is rightly absent costs nothing). Dice goes by the image, not
-    the batch: the mean then does not depend on how a batch is shared. logits (B, C, H, W), targets (B, H, W)."""
+    """Loss of each image, (B,): cross-entropy over all pixels and classes, plus one minus the soft Dice,
+    averaged over the classes but the background (Milletari et al. 2016, with a sum instead of squares; one
+    pixel is added to both sides of the fraction, so that a class that is rightly absent costs nothing). Dice
+    goes by the image, not the batch: the mean then does not depend on how a batch is shared. logits (B, C, H,
+    W), targets (B, H, W)."""
     total = 0.0
     if "ce" in kind.split("+"):
         total = total + F.cross_entropy(logits, targets, reduction="none").mean((1, 2))
@@ -316,7 +342,7 @@ def loss_function(logits, targets, kind):
     return total
 
 
-# ---------------------------------------------------------------- metrics -------------------------------------
+# ---------------------------------------------------------------- metrics -----------------------------------
 
 def outline(mask):
     """The pixels of a mask (H, W) bool that touch, by a side, another value or the image's edge."""
@@ -330,8 +356,8 @@ def nearest(points, others):
 
 
 def hausdorff95(a, b, scale=(1.0, 1.0)):
-    """The larger of the two directed 95th percentiles of the distances between the outlines of two masks (H, W)
-    bool, in pixels times scale (y, x); NaN where a mask is empty."""
+    """The larger of the two directed 95th percentiles of the distances between the outlines of two masks (H,
+    W) bool, in pixels times scale (y, x); NaN where a mask is empty."""
     scale = torch.tensor(scale, dtype=torch.float32, device=a.device)
     a, b = outline(a).nonzero() * scale, outline(b).nonzero() * scale
     if not len(a) or not len(b):
@@ -340,7 +366,8 @@ def hausdorff95(a, b, scale=(1.0, 1.0)):
 
 
 def full_size(logits, size):
-    """Class indices (*size) uint8 of coarse logits (C, h, w), a class at a time: large images have large masks."""
+    """Class indices (*size) uint8 of coarse logits (C, h, w), a class at a time: large images have large
+    masks."""
     best = upsample(logits[None, :1], size)[0, 0]
     mask = torch.zeros(size, dtype=torch.uint8, device=logits.device)
     for c in range(1, len(logits)):
@@ -351,25 +378,25 @@ def full_size(logits, size):
 
 
 def overlap(table):
-    """(iou, dice), each (..., ) float, NaN where neither truth nor prediction has the class. table (..., 3 or more):
-    pixels of both, of the truth, of the prediction."""
+    """(iou, dice), each (..., ) float, NaN where neither truth nor prediction has the class. table (..., 3 or
+    more): pixels of both, of the truth, of the prediction."""
     both, truth, said = table[..., 0], table[..., 1], table[..., 2]
     total = np.where(truth + said > 0, truth + said, np.nan)
     return both / (total - both), 2 * both / total
 
 
 def class_scores(table):
-    """SCORES of one class from its (N, 4) pixels of both, truth and prediction, and HD95. The rule for empty masks:
-    an image whose truth and prediction both lack the class is left out of the averages over images; one where a
-    single one of the two lacks it counts 0, and is left out of HD95's. None: not defined."""
+    """SCORES of one class from its (N, 4) pixels of both, truth and prediction, and HD95. The rule for empty
+    masks: an image whose truth and prediction both lack the class is left out of the averages over images;
+    one where a single one of the two lacks it counts 0, and is left out of HD95's. None: not defined."""
     values = [*overlap(table), *overlap(table[:, :3].sum(0, keepdims=True)), table[:, 3]]
     return {name: common.mean_defined([v for v in value if not math.isnan(v)])
             for name, value in zip(SCORES, values)}
 
 
 def score_masks(table, classes, headline, groups=None):
-    """Every score per class and its mean over the foreground, and the headline's 95 % interval over images (or
-    groups). table (N, C, 4) as for class_scores."""
+    """Every score per class and its mean over the foreground, and the headline's 95 % interval over images
+    (or groups). table (N, C, 4) as for class_scores."""
     each = {name: class_scores(table[:, c]) for c, name in enumerate(classes)}
     mean = {score: common.mean_defined([each[name][score] for name in classes[1:]]) for score in SCORES}
     column = overlap(table[:, 1:])[SCORES.index(headline)]
@@ -383,8 +410,9 @@ def score_masks(table, classes, headline, groups=None):
 
 @torch.inference_mode()
 def evaluate(model, dataset, split, args, run, distances=False, batch_size=32):
-    """(table (N, C, 4) float64 as for class_scores, losses (N,)), numpy, in the split's order, on every process.
-    Whole images; counts at the masks' size in the cache; HD95, in pixels of the original, only if `distances`."""
+    """(table (N, C, 4) float64 as for class_scores, losses (N,)), numpy, in the split's order, on every
+    process. Whole images; counts at the masks' size in the cache; HD95, in pixels of the original, only if
+    `distances`."""
     model.eval()
     mine, count = np.arange(run.rank, len(split), run.world), len(dataset.classes)
     batches = [split.rows[mine[i:i + batch_size]] for i in range(0, len(mine), batch_size)]
@@ -395,7 +423,8 @@ def evaluate(model, dataset, split, args, run, distances=False, batch_size=32):
                                                            disable=run.rank > 0):
         with run.autocast():
             logits = model(whole_view(images, sizes, args, dataset.mean, dataset.std))
-        boxes, flips = torch.cat([torch.zeros_like(mask_sizes), mask_sizes], 1), torch.zeros_like(mask_sizes) > 0
+        boxes, flips = (torch.cat([torch.zeros_like(mask_sizes), mask_sizes], 1),
+                        torch.zeros_like(mask_sizes) > 0)
         targets = crop_masks(masks[..., 0], boxes, args.image_size, flips)
         table = torch.full((len(rows), count, 5), math.nan, dtype=torch.float64)
         table[:, :, 4] = loss_function(upsample(logits, targets.shape[1:]), targets, args.loss).cpu()[:, None]
@@ -413,8 +442,9 @@ def evaluate(model, dataset, split, args, run, distances=False, batch_size=32):
 
 
 def constant_score(dataset, args, device):
-    """IoU over images on test of the best mask that is the same for every image: where the class is more frequent
-    in train than the threshold that does best on train (up to 1024 images). Mean over the foreground."""
+    """IoU over images on test of the best mask that is the same for every image: where the class is more
+    frequent in train than the threshold that does best on train (up to 1024 images). Mean over the
+    foreground."""
     grids = {}
     for name in ("train", "test"):
         rows = dataset.splits[name].rows
@@ -437,7 +467,7 @@ def constant_score(dataset, args, device):
     return common.mean_defined(scores)
 
 
-# ---------------------------------------------------------------- training ------------------------------------
+# ---------------------------------------------------------------- training ----------------------------------
 
 def learning_rate(step, steps, args):
     """Linear warm-up, then cosine to min_lr, at step of steps."""
@@ -453,7 +483,8 @@ def train_epoch(model, dropout, optimizer, scaler, dataset, args, run, epoch):
     split, order = dataset.splits["train"], common.epoch_order(
         len(dataset.splits["train"]), args.batch_size, args.seed, epoch)
     mine = common.own_share(args.batch_size, run)
-    torch.manual_seed(hash((args.seed, epoch)) % 2 ** 31)  # drop path and the like, where an architecture has them
+    # drop path and the like, where an architecture has them
+    torch.manual_seed(hash((args.seed, epoch)) % 2 ** 31)
     model.train()
     total, begin = torch.zeros((), device=run.device), time.time()
     batches = [split.rows[batch[mine]] for batch in order]
@@ -483,15 +514,17 @@ def train_epoch(model, dropout, optimizer, scaler, dataset, args, run, epoch):
                 dist.all_reduce(mean)
                 mean /= run.world
             if not torch.isfinite(mean):
-                fail(f"the loss is not finite by step {epoch * len(order) + i + 1} (epoch {epoch + 1}); the last "
-                     f"good checkpoint is {args.output}/checkpoint.pt; lower --lr, or try --amp off")
+                fail(f"the loss is not finite by step {epoch * len(order) + i + 1} (epoch {epoch + 1}); "
+                     f"the last good checkpoint is {args.output}/checkpoint.pt; lower --lr, or try --amp off")
             bar.set_postfix(loss=f"{mean.item():.3f}")
     return mean.item(), len(order) * args.batch_size / (time.time() - begin)
 
 
 def save_model(path, model, dataset, args, pretrained_on):
-    """model.pt: the backbone in timm's names, the head as classifier.*, and all that is needed to use them."""
-    content = {"stage": "segment", "arch": args.arch, "init": args.init_label, "num_classes": len(dataset.classes), "dataset": dataset.name,
+    """model.pt: the backbone in timm's names, the head as classifier.*, and all that is needed to use
+    them."""
+    content = {"stage": "segment", "arch": args.arch, "init": args.init_label,
+               "num_classes": len(dataset.classes), "dataset": dataset.name,
                "image_size": args.image_size, "resize": args.resize, "mean": dataset.mean, "std": dataset.std,
                "classes": dataset.classes, "task": "masks", "output_stride": args.output_stride,
                "pretrained_on": pretrained_on, "state_dict": {
@@ -500,7 +533,8 @@ def save_model(path, model, dataset, args, pretrained_on):
 
 
 def fit(model, dataset, args, run, folder, pretrained_on):
-    """Train from the last checkpoint to the last epoch; model.pt is the best on validation. Returns the log."""
+    """Train from the last checkpoint to the last epoch; model.pt is the best on validation. Returns the
+    log."""
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=args.lr,
                                  weight_decay=args.weight_decay, fused=run.device.type in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp == "fp16")
@@ -530,12 +564,13 @@ def fit(model, dataset, args, run, folder, pretrained_on):
             if improved:
                 save_model(folder / "model.pt", model, dataset, args, pretrained_on)
             common.write_atomic(folder / "checkpoint.pt", lambda part: torch.save(
-                {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                 "log": log}, part))
+                {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                 "scaler": scaler.state_dict(), "log": log}, part))
             common.write_atomic(folder / "log.jsonl", lambda part: part.write_text(
                 "".join(json.dumps(entry) + "\n" for entry in log)))
-        say(f"epoch {epoch + 1}/{args.epochs}  loss {loss:.4f}  val loss {values['loss']:.4f}  val {dataset.metric} "
-            f"{common.show(values[dataset.metric])}{' *' if improved else ''}  {speed:.1f} images/s")
+        say(f"epoch {epoch + 1}/{args.epochs}  loss {loss:.4f}  val loss {values['loss']:.4f}  "
+            f"val {dataset.metric} {common.show(values[dataset.metric])}{' *' if improved else ''}  "
+            f"{speed:.1f} images/s")
     common.barrier()  # the others must not load model.pt before it is written
     return log
 
@@ -551,7 +586,8 @@ def finish(dataset, args, run, folder, log, pretrained_on):
             "constant_iou": constant_score(dataset, args, run.device)}
     best, show = max(log, key=lambda entry: entry["score"]), common.show
     columns = np.concatenate([*(np.stack(overlap(table[:, 1:]), 2), table[:, 1:, [3, 1, 2]])], 2)
-    head = [f"{what}_{name}" for name in classes[1:] for what in ("iou", "dice", "hd95", "pixels", "predicted")]
+    head = [f"{what}_{name}" for name in classes[1:]
+            for what in ("iou", "dice", "hd95", "pixels", "predicted")]
     common.write_table(folder / "predictions.csv", ["path", *head], [
         [path, *("" if math.isnan(v) else f"{v:.6g}" for v in row)]
         for path, row in zip(split.paths, columns.reshape(len(split), -1))])
@@ -561,14 +597,17 @@ def finish(dataset, args, run, folder, log, pretrained_on):
             {"label": "train", "x": epochs, "y": [entry["loss"] for entry in log]},
             {"label": "validation", "x": epochs, "y": [entry["val"]["loss"] for entry in log]}]},
         {"title": f"validation {dataset.metric}", "xlabel": "epoch", "ylabel": dataset.metric, "series": [
-            {"label": "validation", "x": epochs, "y": [e["val"][dataset.metric] for e in log], "colour": 1}]}])
+            {"label": "validation", "x": epochs, "y": [e["val"][dataset.metric] for e in log],
+             "colour": 1}]}])
     headline = f"{dataset.metric} {show(test[dataset.metric])}"
     common.write_json(folder / "metrics.json", {
         "stage": "segment", "dataset": dataset.name, "arch": args.arch, "init": args.init_label,
-        "pretrained_on": pretrained_on, "seed": args.seed, "metric": dataset.metric, "val": best["val"], "test": test,
-        "best_epoch": best["epoch"], "counts": dataset.counts, "split": dataset.split_id, "leakage": dataset.leakage, "loss": args.loss,
+        "pretrained_on": pretrained_on, "seed": args.seed, "metric": dataset.metric, "val": best["val"],
+        "test": test, "best_epoch": best["epoch"], "counts": dataset.counts, "split": dataset.split_id,
+        "leakage": dataset.leakage, "loss": args.loss,
         "image_size": args.image_size, "output_stride": args.output_stride, "epochs": args.epochs,
-        "parameters": sum(p.numel() for p in model.parameters()), "seconds": sum(entry["seconds"] for entry in log),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seconds": sum(entry["seconds"] for entry in log),
         "images_per_second": float(np.median([entry["images_per_second"] for entry in log])),
         "device": common.device_name(run.device), "amp": run.amp, "world_size": run.world,
         "summary": f"test {headline}"})
@@ -578,11 +617,12 @@ def finish(dataset, args, run, folder, log, pretrained_on):
     say(f"best epoch {best['epoch']} of {args.epochs}, {len(split)} test images, {headline} (95 % interval "
         f"{show(low)} to {show(high)}); the best constant mask has IoU {show(test['constant_iou'])}")
     if test["undefined"]:
-        say(f"neither in the test split nor predicted, left out of the averages: {', '.join(test['undefined'])}")
+        say("neither in the test split nor predicted, left out of the averages: "
+            f"{', '.join(test['undefined'])}")
     say(f"written: {folder}")
 
 
-# ---------------------------------------------------------------- new images, and two runs side by side --------
+# ---------------------------------------------------------------- new images, and two runs side by side -----
 
 @torch.inference_mode()
 def predict_masks(model, store, rows, args, meta, run, sizes_of):
@@ -598,14 +638,15 @@ def predict_masks(model, store, rows, args, meta, run, sizes_of):
 
 
 def predict_new(args, run):
-    """--predict: a PNG mask at each image's own size (0/255 for two classes, else class indices under a palette) and
-    masks.csv with the area of each class in pixels and as a fraction of the image."""
+    """--predict: a PNG mask at each image's own size (0/255 for two classes, else class indices under a
+    palette) and masks.csv with the area of each class in pixels and as a fraction of the image."""
     if args.init in ("random", "imagenet", "imagenet-dino"):
         fail("--predict needs --init RUN/model.pt, a model that segment.py has trained")
     model, meta = load_segmenter(args.init)
     args.image_size, args.resize, classes = meta["image_size"], meta["resize"], meta["classes"]
     source, folder = Path(args.predict), Path(args.output or "predictions")
-    paths = common.images_under(source) if source.is_dir() else fail(f"--predict {source}: there is no such folder")
+    paths = common.images_under(source) if source.is_dir() else fail(
+        f"--predict {source}: there is no such folder")
     if not paths:
         fail(f"--predict {source}: no images in this folder")
     if (folder / "args.json").exists() or (folder.exists() and not folder.is_dir()):
@@ -619,7 +660,8 @@ def predict_new(args, run):
     mine = np.arange(run.rank, len(split), run.world)
     masks = predict_masks(common.to_device(model, run), dataset.store, split.rows[mine], args, meta, run,
                           lambda i: image_size(split.paths[mine[i]]))
-    palette = [int(colour[i:i + 2], 16) for colour in ["#000000", *common.COLOURS * 36] for i in (1, 3, 5)][:768]
+    palette = [int(colour[i:i + 2], 16) for colour in ["#000000", *common.COLOURS * 36]
+               for i in (1, 3, 5)][:768]
     areas = [torch.zeros(0, len(classes) + 2, dtype=torch.int64)]
     for i, mask in zip(mine, masks):
         picture = Image.fromarray(mask * 255 if len(classes) == 2 else mask)
@@ -639,8 +681,10 @@ def predict_new(args, run):
 
 
 def components(mask):
-    """The regions of a mask (H, W) bool, joined by sides or corners: (H, W) int64, 0 outside, 1 the largest."""
-    labels = torch.arange(1, mask.numel() + 1, dtype=torch.float64, device=mask.device).view(mask.shape) * mask
+    """The regions of a mask (H, W) bool, joined by sides or corners: (H, W) int64, 0 outside, 1 the
+    largest."""
+    labels = torch.arange(1, mask.numel() + 1, dtype=torch.float64,
+                          device=mask.device).view(mask.shape) * mask
     while True:  # every pixel takes the largest number around it
         spread = F.max_pool2d(labels[None, None], 3, 1, 1)[0, 0] * mask
         if torch.equal(spread, labels):
@@ -653,9 +697,9 @@ def components(mask):
 
 
 def region_scores(truth, said):
-    """For each region of the truth, largest first: (distance of its nearest pixel from the largest region, as a share
-    of the image's diagonal, IoU). A predicted pixel outside the truth is held against the region nearest to it, so
-    that an image of one region has its ordinary IoU. truth, said (H, W) bool."""
+    """For each region of the truth, largest first: (distance of its nearest pixel from the largest region, as
+    a share of the image's diagonal, IoU). A predicted pixel outside the truth is held against the region
+    nearest to it, so that an image of one region has its ordinary IoU. truth, said (H, W) bool."""
     regions = components(truth)
     parts = [(regions == k + 1) for k in range(int(regions.max()))]
     edges, false = [outline(part).nonzero().float() for part in parts], (said & ~truth).nonzero().float()
@@ -666,8 +710,8 @@ def region_scores(truth, said):
 
 
 def draw_outlines(pixels, masks, side):
-    """An image (H, W, 1 or 3) uint8, its long side scaled to `side`, with the outlines of masks [((H, W) bool,
-    colour)], the first drawn thickest so that it shows beneath the others."""
+    """An image (H, W, 1 or 3) uint8, its long side scaled to `side`, with the outlines of masks [((H, W)
+    bool, colour)], the first drawn thickest so that it shows beneath the others."""
     image = Image.fromarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)).copy())
     size = tuple(round(n * side / max(image.size)) for n in image.size)
     canvas = np.asarray(image.resize(size, Image.Resampling.BICUBIC)).copy()
@@ -678,13 +722,15 @@ def draw_outlines(pixels, masks, side):
     return canvas
 
 
-BINS = {"main region": 0, "within 10 %": 0.1, "10 to 25 %": 0.25, "beyond 25 %": math.inf}  # of the image's diagonal
+# of the image's diagonal
+BINS = {"main region": 0, "within 10 %": 0.1, "10 to 25 %": 0.25, "beyond 25 %": math.inf}
 
 
 def compare(args, run):
-    """--compare: a picture of the test images on which B beats A most, A beats B most, and those in the middle, with
-    the truth in yellow, A in blue, B in red; below it, and in FILE.json, the mean IoU of the truth's regions by their
-    distance from the image's largest. Classes other than the background count as one."""
+    """--compare: a picture of the test images on which B beats A most, A beats B most, and those in the
+    middle, with the truth in yellow, A in blue, B in red; below it, and in FILE.json, the mean IoU of the
+    truth's regions by their distance from the image's largest. Classes other than the background count as
+    one."""
     output = Path(args.output or "comparison.png")
     if output.suffix.lower() != ".png" or run.world > 1:
         fail(f"--compare writes one picture, by one process: --output {output} must end in .png")
@@ -730,7 +776,8 @@ def compare(args, run):
         rows.append([draw_outlines(dataset.store.image(split.rows[i]), drawn, 320) for drawn in (
             [], [truth, masks[0]], [truth, masks[1]], [truth, *masks])])
         captions.append([Path(split.paths[i]).name, (f"{names[0]}  IoU {iou[0, i]:.3f}", BLUE),
-                         (f"{names[1]}  IoU {iou[1, i]:.3f}", RED), f"difference {iou[0, i] - iou[1, i]:+.3f}"])
+                         (f"{names[1]}  IoU {iou[1, i]:.3f}", RED),
+                         f"difference {iou[0, i] - iou[1, i]:+.3f}"])
     output.parent.mkdir(parents=True, exist_ok=True)
     title = f"{dataset.name}, test: truth yellow, {names[0]} blue, {names[1]} red; sorted by the difference"
     common.draw_grid(output, rows, captions, None, 320, title)
@@ -745,7 +792,8 @@ def compare(args, run):
     regions = {bin: {"count": len(found[bin]), "iou": means[bin]} for bin in BINS}
     common.write_json(output.with_suffix(".json"), {
         "runs": args.compare, "names": names, "iou": mean_iou, "regions": regions})
-    common.print_table(["mean IoU", "regions", *names], [["images", len(order), *map(common.show, mean_iou)], *(
+    common.print_table(["mean IoU", "regions", *names], [
+        ["images", len(order), *map(common.show, mean_iou)], *(
         [bin, len(found[bin]), *map(common.show, means[bin])] for bin in BINS)])
     say(f"written: {output}, {output.with_suffix('.regions.png')}, {output.with_suffix('.json')}")
 
@@ -760,7 +808,8 @@ def main():
     folder = common.open_run(args, run, "segment")
     dataset = load_masks(args)
     if len(dataset.splits["train"]) < args.batch_size:
-        fail(f"--batch-size {args.batch_size} is more than the {len(dataset.splits['train'])} training images")
+        fail(f"--batch-size {args.batch_size} is more than the {len(dataset.splits['train'])} training "
+             "images")
     model, pretrained_on = build_segmenter(args, len(dataset.classes))
     model = common.to_device(model, run)
     common.write_args(folder, args, run, ["curves.png"])

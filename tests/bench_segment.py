@@ -36,9 +36,10 @@ def step_of(model, batch, run):
 
 
 def bench_segment(side=224, batch_size=8, rounds=3):
-    """Print images a second, the best of interleaved rounds: other load then hits all alike. Returns them by name."""
-    options = argparse.Namespace(device="auto", amp="auto", init="random", init_key=None, seed=0, image_size=side,
-                                 output_stride=8)
+    """Print images a second, the best of interleaved rounds: other load then hits all alike. Returns them by
+    name."""
+    options = argparse.Namespace(device="auto", amp="auto", init="random", init_key=None, seed=0,
+                                 image_size=side, output_stride=8)
     fast = common.start(options)
     plain = common.Run(0, 1, fast.device, "off")
     batch = (torch.rand(batch_size, 3, side, side, device=fast.device),
@@ -48,7 +49,8 @@ def bench_segment(side=224, batch_size=8, rounds=3):
         options.arch = arch
         model = common.to_device(segment.build_segmenter(options, 2)[0], fast)
         steps[f"{arch}, {fast.amp}"] = step_of(model, batch, fast)
-    model = torchvision.models.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=2)
+    model = torchvision.models.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None,
+                                                               num_classes=2)
     steps["torchvision resnet50, fp32"] = step_of(model.to(fast.device), batch, plain)
     best = {}
     for number in range(rounds + 1):
@@ -64,7 +66,8 @@ def bench_segment(side=224, batch_size=8, rounds=3):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag, value in (("--image-size", 224), ("--batch-size", 8), ("--rounds", 3)):
         parser.add_argument(flag, type=int, default=value)
     args = parser.parse_args()

@@ -1,4 +1,5 @@
-"""attn_distance.py: exact on hand-made attention, equal to a slow version on real models, and refusing the rest."""
+"""attn_distance.py: exact on hand-made attention, equal to a slow version on real models, and refusing the
+rest."""
 import numpy as np
 import pytest
 import timm
@@ -22,7 +23,8 @@ def unfused():
 
 
 def attention_by_hand(model, images):
-    """softmax(q k / sqrt d) of every block, [(B, H, T, T)], from the weights alone; timm's model is walked by hand."""
+    """softmax(q k / sqrt d) of every block, [(B, H, T, T)], from the weights alone; timm's model is walked by
+    hand."""
     x, maps = model.norm_pre(model._pos_embed(model.patch_embed(images))), []
     for block in model.blocks:
         attn, z = block.attn, block.norm1(x)
@@ -73,7 +75,8 @@ def test_exact_on_hand_made_attention(dtype):
 
 def test_square_neighbours_and_the_two_flags():
     distances = attn_distance.token_distances((2, 2), (16, 16), prefix=1)
-    assert torch.allclose(distances[0], torch.tensor([0, 8 * 2 ** 0.5, *[8 * 2 ** 0.5] * 3]))  # CLS at the centre
+    # CLS at the centre
+    assert torch.allclose(distances[0], torch.tensor([0, 8 * 2 ** 0.5, *[8 * 2 ** 0.5] * 3]))
     half = torch.zeros(1, 1, 4, 4)
     half[0, 0, range(4), [1, 0, 3, 2]] = 0.5  # half goes to the neighbour, the rest went to CLS
     patches = distances[1:, 1:]
@@ -99,30 +102,33 @@ def test_attention_equals_the_softmax_by_hand(unfused, arch, prefix):
         low = common.attention_reader(model)(images)
     distances = attn_distance.token_distances((3, 3), (16, 16))
     for ours, bf16 in zip(maps, low):
-        a, b = (attn_distance.mean_attention_distance(m[:, :, prefix:, prefix:], distances) for m in (ours, bf16))
+        a, b = (attn_distance.mean_attention_distance(m[:, :, prefix:, prefix:], distances)
+                for m in (ours, bf16))
         assert (a / b - 1).abs().max() < 0.01
 
 
 @pytest.fixture
 def trained(folder_data, tmp_path):
     """A run of finetune.py on the striped images (13 test images)."""
-    stage("finetune.py", *FOLDER, *VIT, "--epochs", "4", "--batch-size", "4", "--lr", "3e-3", "--output", "run",
-          cwd=tmp_path)
+    stage("finetune.py", *FOLDER, *VIT, "--epochs", "4", "--batch-size", "4", "--lr", "3e-3", "--output",
+          "run", cwd=tmp_path)
     return tmp_path
 
 
 def test_points_equal_the_slow_version(trained, unfused):
-    done = stage("attn_distance.py", *FOLDER, *VIT, "--runs", "run", "random", "--batch-size", "4", "--output", "out",
-                 cwd=trained)
+    done = stage("attn_distance.py", *FOLDER, *VIT, "--runs", "run", "random", "--batch-size", "4",
+                 "--output", "out", cwd=trained)
     assert "there are 13 test images, not 512" in done.stdout
     result, rows = metrics(trained / "out"), table(trained / "out" / "attn_distance.csv")
     assert [run["name"] for run in result["runs"]] == ["run", "random"] and result["counts"]["measured"] == 13
     model, meta = common.load_trained(trained / "run" / "model.pt")
     reach = []
     for file in sorted((trained / "data" / "test").rglob("*.png")):
-        pixels = torch.from_numpy(common.resize_short_side(np.array(Image.open(file))[..., None], meta["resize"]).copy())
+        pixels = torch.from_numpy(common.resize_short_side(np.array(Image.open(file))[..., None],
+                                                           meta["resize"]).copy())
         view = attn_distance.argparse.Namespace(image_size=64, resize=meta["resize"])
-        images = common.eval_view(pixels[None], torch.tensor([pixels.shape[:2]]), view, meta["mean"], meta["std"])
+        images = common.eval_view(pixels[None], torch.tensor([pixels.shape[:2]]), view, meta["mean"],
+                                  meta["std"])
         with torch.inference_mode():
             maps = attention_by_hand(model, images)
         reach.append([slow_distance(m[0], (4, 4), (16, 16), 1) for m in maps])
@@ -132,12 +138,14 @@ def test_points_equal_the_slow_version(trained, unfused):
     for row in mine:
         values = reach[:, int(row["block"]) - 1, int(row["head"]) - 1]
         assert float(row["distance"]) == pytest.approx(values.mean(), rel=1e-3)
-        assert float(row["standard_error"]) == pytest.approx(values.std(ddof=1) / 13 ** 0.5, rel=0.02, abs=1e-4)
+        assert float(row["standard_error"]) == pytest.approx(values.std(ddof=1) / 13 ** 0.5, rel=0.02,
+                                                             abs=1e-4)
     point = result["runs"][0]["points"][0]
     assert point["distance"] == pytest.approx(reach[:, 0, 0].mean(), rel=1e-3)
     uniform = attn_distance.token_distances((4, 4), (16, 16)).mean().item()
     assert result["runs"][0]["uniform"] == pytest.approx(uniform)
-    assert result["runs"][1]["mean"] == pytest.approx(uniform, rel=0.05)  # untrained attention is nearly uniform
+    # untrained attention is nearly uniform
+    assert result["runs"][1]["mean"] == pytest.approx(uniform, rel=0.05)
     with Image.open(trained / "out" / "attn_distance.png") as image:
         assert image.width > image.height  # two panels
 
@@ -159,7 +167,8 @@ def test_processes_flags_and_precision(trained):
 
 @pytest.mark.parametrize("args,words", [
     (["--runs", "random", "--arch", "resnet18"], ["--runs random", "resnet18 has no attention"]),
-    (["--runs", "random", "--arch", "swin_tiny_patch4_window7_224", "--image-size", "224"], ["swin_tiny", "attention"]),
+    (["--runs", "random", "--arch", "swin_tiny_patch4_window7_224", "--image-size", "224"],
+     ["swin_tiny", "attention"]),
     (["--runs", "random", "--arch", "cait_xxs24_224"], ["no softmax attention of every patch"]),
     (["--runs", "nowhere", "--arch", "test_vit"], ["--runs nowhere", "no model.pt"]),
     (["--runs", "data", "--arch", "test_vit"], ["--runs data", "no model.pt"]),

@@ -1,4 +1,5 @@
-"""The paper's seven datasets in their owners' layouts, built small: index, split, odd cases, and a run of each."""
+"""The paper's seven datasets in their owners' layouts, built small: index, split, odd cases, and a run of
+each."""
 import csv
 import json
 import os
@@ -17,14 +18,14 @@ import knn_eval
 from conftest import TINY, metrics, refused, stage, table
 
 RNG = np.random.default_rng(0)
-CHEXPERT = ["No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema",
-            "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other",
-            "Fracture", "Support Devices"]
-TISSUES = ["cancer", "calcifications", "axillary_lymph_nodes", "thick_vessels", "foreign_object", "skin", "nipple",
-           "text", "non-mammary_tissue", "pectoral_muscle", "mammary_gland"]
-CBIS = ["patient_id", "breast_density", "left or right breast", "image view", "abnormality id", "abnormality type",
-        "mass shape", "mass margins", "assessment", "pathology", "subtlety", "image file path",
-        "cropped image file path", "ROI mask file path"]
+CHEXPERT = ["No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion",
+            "Edema", "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion",
+            "Pleural Other", "Fracture", "Support Devices"]
+TISSUES = ["cancer", "calcifications", "axillary_lymph_nodes", "thick_vessels", "foreign_object", "skin",
+           "nipple", "text", "non-mammary_tissue", "pectoral_muscle", "mammary_gland"]
+CBIS = ["patient_id", "breast_density", "left or right breast", "image view", "abnormality id",
+        "abnormality type", "mass shape", "mass margins", "assessment", "pathology", "subtlety",
+        "image file path", "cropped image file path", "ROI mask file path"]
 
 
 def arguments(dataset, folder, *flags, workers=0):
@@ -64,7 +65,8 @@ def write(path, head, rows, bom=False, end="\n"):
 def aptos2019(root, count=40):
     """train.csv from a spreadsheet (BOM, CRLF), one RGBA and one grey image among the PNGs."""
     ids = [f"{i:012x}" for i in range(count)]
-    write(root / "train.csv", ["id_code", "diagnosis"], [(name, i % 5) for i, name in enumerate(ids)], True, "\r\n")
+    write(root / "train.csv", ["id_code", "diagnosis"], [(name, i % 5) for i, name in enumerate(ids)], True,
+          "\r\n")
     for i, name in enumerate(ids):
         draw(root / "train_images" / f"{name}.png", i % 5, ("RGBA", "L", "RGB")[min(i, 2)])
 
@@ -82,12 +84,14 @@ def ddsm(root):
 
 
 def isic2019(root, count=60):
-    """One-hot rows with the UNK column, 2 images a lesion, some without lesion_id, a name with _downsampled."""
+    """One-hot rows with the UNK column, 2 images a lesion, some without lesion_id, a name with
+    _downsampled."""
     classes = common.SPECS["isic2019"][-1].split(", ")
     names = [f"ISIC_{i:07d}" + "_downsampled" * (i == 3) for i in range(count)]
     hot = [[name, *(float(c == i % 8) for c in range(8)), 0.0] for i, name in enumerate(names)]
     write(root / "ISIC_2019_Training_GroundTruth.csv", ["image", *classes, "UNK"], hot)
-    write(root / "ISIC_2019_Training_Metadata.csv", ["image", "age_approx", "anatom_site_general", "lesion_id", "sex"],
+    write(root / "ISIC_2019_Training_Metadata.csv", ["image", "age_approx", "anatom_site_general",
+                                                     "lesion_id", "sex"],
           [(name, "55.0", "anterior torso", "" if i % 10 == 0 else f"MSK4_{i // 2:07d}", "female")
            for i, name in enumerate(names)])
     for i, name in enumerate(names):
@@ -95,13 +99,15 @@ def isic2019(root, count=60):
 
 
 def chexpert(root, patients=20, prefix="CheXpert-v1.0-small"):
-    """Blanks, -1, all-zero rows; 1 to 3 images a patient, frontal and lateral; rows not in the order of Path."""
+    """Blanks, -1, all-zero rows; 1 to 3 images a patient, frontal and lateral; rows not in the order of
+    Path."""
     rows = []
     for p in range(patients):
         for view in range(1 + p % 3):
             kind = "Frontal" if view != 1 else "Lateral"
             path = f"train/patient{p:05d}/study{1 + view // 2}/view{1 + view % 2}_{kind.lower()}.jpg"
-            labels = [("1.0", "0.0", "-1.0", "")[(p + i) % 4] for i in range(14)] if p % 5 else [""] * 13 + ["-1.0"]
+            labels = ([("1.0", "0.0", "-1.0", "")[(p + i) % 4] for i in range(14)] if p % 5
+                      else [""] * 13 + ["-1.0"])
             draw(root / path, p % 4, "L", (44, 40))
             rows.append([f"{prefix}/{path}", "Female", 68, kind, "AP" if kind == "Frontal" else "", *labels])
     write(root / "train.csv", ["Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *CHEXPERT], rows[::-1])
@@ -143,15 +149,18 @@ def disk(path, radius, size=(40, 44)):
 
 
 def csaws(root):
-    """Patients with 1 or 2 scans; nested disks as maps; an RGB original with its 8-bit duplicate; no cancer once."""
-    for folder, patients in ((root, ["000", "002", "003", "018", "400"]), (root / "test_data", ["500", "501"])):
+    """Patients with 1 or 2 scans; nested disks as maps; an RGB original with its 8-bit duplicate; no cancer
+    once."""
+    for folder, patients in ((root, ["000", "002", "003", "018", "400"]),
+                             (root / "test_data", ["500", "501"])):
         for patient in patients:
             for n in range(1 + int(patient) % 2):
                 place, stem = folder / "anonymized_dataset" / patient, f"{patient}_{n}"
                 draw(place / f"{stem}.png", 1, "RGB" if patient == "003" else "L")
                 if patient == "003":
                     draw(place / f"{stem}_8bit.png", 1, "L")
-                experts = [place] if folder == root else [folder / f"annotator_{k}" / patient for k in (1, 2, 3)]
+                experts = [place] if folder == root else [
+                    folder / f"annotator_{k}" / patient for k in (1, 2, 3)]
                 for k, target in enumerate(experts):
                     for i, name in enumerate(TISSUES):
                         if (stem, name) != ("002_0", "cancer") and name != "text":
@@ -169,7 +178,8 @@ def slow_split(count, share):
     return indices[int(count * share):], held[:len(held) // 2], held[len(held) // 2:]
 
 
-@pytest.mark.parametrize("count, share, sizes", [(3662, 0.3, (2564, 549, 549)), (25331, 0.2, (20265, 2533, 2533)),
+@pytest.mark.parametrize("count, share, sizes", [(3662, 0.3, (2564, 549, 549)),
+                                                 (25331, 0.2, (20265, 2533, 2533)),
                                                  (40, 0.3, (28, 6, 6)), (7, 0.2, (6, 0, 1))])
 def test_random_split_is_the_authors(count, share, sizes):
     splits = common.random_split(common.Split(list(range(count))), share, 42)
@@ -200,7 +210,8 @@ def test_each_goes_through_finetune_and_knn(name, tmp_path, monkeypatch):
     assert metrics(tmp_path / "knn")["counts"] == result["counts"]
     if name == "chexpert":
         areas = result["test"]["roc_auc_by_label"]
-        five = [areas[c] for c in ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")]
+        five = [areas[c] for c in ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema",
+                                   "Pleural Effusion")]
         assert result["test"]["roc_auc_competition"] == common.mean_defined(five) and list(areas) == CHEXPERT
         assert result["test"]["roc_auc"] == pytest.approx(common.mean_defined(areas.values()))
         assert "roc_auc of Atelectasis" in done.stdout
@@ -243,8 +254,8 @@ def test_listed_but_missing_and_present_but_not_listed(tmp_path, capsys):
         (root / "train_images" / f"{i:012x}.png").unlink()
     draw(root / "train_images" / "not_listed.png")
     command = ["finetune.py", "--dataset", "aptos2019", "--data-dir", "data", "--arch", "test_vit", *TINY]
-    refused(stage(*command, cwd=tmp_path, check=False), "2 of 40 listed images", f"{4:012x}.png", f"{7:012x}.png",
-            "train.csv", "--skip-broken")
+    refused(stage(*command, cwd=tmp_path, check=False), "2 of 40 listed images", f"{4:012x}.png",
+            f"{7:012x}.png", "train.csv", "--skip-broken")
     dataset = common.load_dataset(arguments("aptos2019", root, "--skip-broken"))
     text = capsys.readouterr().out
     assert sum(dataset.counts.values()) == 38 and "left out: 2 of 40" in text
@@ -254,7 +265,8 @@ def test_listed_but_missing_and_present_but_not_listed(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name, word", [("aptos2019", "train.csv"), ("ddsm", "ddsm_raw_image_lists"),
-                                        ("isic2019", "ISIC_2019_Training_GroundTruth.csv"), ("chexpert", "train.csv"),
+                                        ("isic2019", "ISIC_2019_Training_GroundTruth.csv"),
+                                        ("chexpert", "train.csv"),
                                         ("camelyon", "train_labels.csv"), ("csaws", "anonymized_dataset"),
                                         ("isic2018", "ISIC2018_Task1-2_Training_Input")])
 def test_a_wrong_folder_says_what_it_looked_for_and_found(name, word, tmp_path, capsys):
@@ -281,12 +293,14 @@ def test_unknown_labels_are_all_named(tmp_path, capsys):
     rows = [(row["id_code"], "7" if i in (3, 5) else row["diagnosis"])
             for i, row in enumerate(common.read_csv(tmp_path / "a" / "train.csv", []))]
     write(tmp_path / "a" / "train.csv", ["id_code", "diagnosis"], rows)
-    fails(capsys, common.index_aptos2019, arguments("aptos2019", tmp_path / "a"), "2 labels", "'7'", f"{5:012x}")
+    fails(capsys, common.index_aptos2019, arguments("aptos2019", tmp_path / "a"), "2 labels", "'7'",
+          f"{5:012x}")
     isic2019(tmp_path / "b")
     file = tmp_path / "b" / "ISIC_2019_Training_GroundTruth.csv"
     file.write_text(file.read_text().replace("ISIC_0000001,0.0,1.0,0.0,0.0,0.0,0.0,0.0,0.0,0.0",
                                              "ISIC_0000001,0.0,0.0,0.0,0.0,0.0,0.0,0.0,0.0,1.0"))
-    fails(capsys, common.index_isic2019, arguments("isic2019", tmp_path / "b"), "1 labels", "UNK", "ISIC_0000001")
+    fails(capsys, common.index_isic2019, arguments("isic2019", tmp_path / "b"), "1 labels", "UNK",
+          "ISIC_0000001")
     ddsm(tmp_path / "c")
     draw(tmp_path / "c" / "ddsm_raw" / "implant_01-A_0001_1.LEFT_CC.LJPEG.1.png")
     with open(tmp_path / "c" / "ddsm_raw_image_lists" / "val.txt", "a") as out:
@@ -295,14 +309,16 @@ def test_unknown_labels_are_all_named(tmp_path, capsys):
     chexpert(tmp_path / "d")
     file = tmp_path / "d" / "train.csv"
     file.write_text(file.read_text().replace(",-1.0", ",2.0", 1))
-    fails(capsys, common.index_chexpert, arguments("chexpert", tmp_path / "d"), "1 labels", "of train/patient")
+    fails(capsys, common.index_chexpert, arguments("chexpert", tmp_path / "d"), "1 labels",
+          "of train/patient")
 
 
 def test_ddsm_lists_labels_and_torn_patients(tmp_path, capsys):
     root = tmp_path / "data"
     ddsm(root)
     dataset = common.index_ddsm(arguments("ddsm", root))
-    assert {name: len(split) for name, split in dataset.splits.items()} == {"train": 48, "val": 24, "test": 24}
+    assert {name: len(split) for name, split in dataset.splits.items()} == {
+        "train": 48, "val": 24, "test": 24}
     for split in dataset.splits.values():
         assert [int("normal_" not in path) for path in split.paths] == split.labels.tolist()
     assert dataset.splits["train"].groups[:3] == ["A_3000", "A_3000", "A_3100"]
@@ -314,10 +330,12 @@ def test_ddsm_lists_labels_and_torn_patients(tmp_path, capsys):
     kept = common.load_dataset(arguments("ddsm", root))
     assert "1 patients of train also stand in a later split: A_3212" in capsys.readouterr().out
     assert kept.counts["train"] == 49
-    assert kept.store.shapes[0].tolist() == [54, 36, 1] and np.ptp(kept.store.image(0)) > 120  # 16 bits, not clipped
+    # 16 bits, not clipped
+    assert kept.store.shapes[0].tolist() == [54, 36, 1] and np.ptp(kept.store.image(0)) > 120
     assert common.load_dataset(arguments("ddsm", root, "--leakage", "drop")).counts["train"] == 48
     capsys.readouterr()
-    fails(capsys, common.index_ddsm, arguments("ddsm", root, "--leakage", "error"), "A_3212", "--leakage drop")
+    fails(capsys, common.index_ddsm, arguments("ddsm", root, "--leakage", "error"), "A_3212",
+          "--leakage drop")
 
 
 @pytest.mark.parametrize("layout", ["tcia", "kaggle", "flat"])
@@ -330,20 +348,24 @@ def test_cbis_ddsm(layout, tmp_path, capsys):
             series = f"1.3.6.1.4.1.9590.100.1.2.{patient:02d}{len(kind + part)}{kind[0]}"
             pathology = ("BENIGN", "MALIGNANT", "BENIGN_WITHOUT_CALLBACK")[patient % 3]
             path = f"{case}/1.3.6.1.4.1.9590.100.1.1.{patient}/{series}/000000.dcm"
-            for lesion in range(1, 2 + patient % 2):  # a second lesion repeats the image, always malignant here
+            # a second lesion repeats the image, always malignant here
+            for lesion in range(1, 2 + patient % 2):
                 rows.setdefault((kind, part), []).append(
                     [f"P_{patient:05d}", 3, "LEFT", "CC", lesion, kind, "OVAL", "ILL_DEFINED", 4,
                      "MALIGNANT" if lesion == 2 else pathology, 4, path, f"{case}_1/a/b/000000.dcm",
                      f"{case}_1/a/b/000001.dcm\n"])
-            place = {"tcia": root / path.replace(".dcm", ".png"), "kaggle": root / "jpeg" / series / "1-263.jpg",
+            place = {"tcia": root / path.replace(".dcm", ".png"),
+                     "kaggle": root / "jpeg" / series / "1-263.jpg",
                      "flat": root / "png" / f"{case}.png"}[layout]
             draw(place, patient % 3, "I;16" if layout == "tcia" else "L")
     for (kind, part), lines in rows.items():
         head = [c.replace("breast_density", "breast density") if kind == "calc" else c for c in CBIS]
-        write(root / ("csv" if layout == "kaggle" else ".") / f"{kind}_case_description_{part}_set.csv", head, lines)
+        write(root / ("csv" if layout == "kaggle" else ".") / f"{kind}_case_description_{part}_set.csv", head,
+              lines)
     dataset = common.load_dataset(arguments("ddsm", root))
     assert "1 patients of train also stand in a later split: P_00003" in capsys.readouterr().out
-    assert dataset.name == "cbis-ddsm" and dataset.classes == ["benign", "malignant"] and dataset.metric == "roc_auc"
+    assert (dataset.name == "cbis-ddsm" and dataset.classes == ["benign", "malignant"]
+            and dataset.metric == "roc_auc")
     assert dataset.counts["test"] == 6 and dataset.counts["train"] + dataset.counts["val"] == 16
     for split in dataset.splits.values():
         for label, group in zip(split.labels, split.groups):
@@ -371,7 +393,8 @@ def test_isic2019_by_image_and_by_lesion(tmp_path):
             assert owners.setdefault(group, part) == part
     assert sum(map(len, by_lesion.splits.values())) == 60 and 12 <= 60 - len(by_lesion.splits["train"]) <= 14
     (root / "ISIC_2019_Training_Input").rename(root / "train")  # the authors' folder
-    assert common.index_isic2019(arguments("isic2019", root)).splits["train"].paths[0].startswith(str(root / "train"))
+    assert common.index_isic2019(arguments("isic2019", root)).splits["train"].paths[0].startswith(
+        str(root / "train"))
 
 
 @pytest.mark.parametrize("prefix", ["CheXpert-v1.0", "CheXpert-v1.0-small"])
@@ -393,7 +416,8 @@ def test_chexpert_rules(prefix, tmp_path):
         assert all(owners.setdefault(group, part) == part for group in split.groups)
     held = len(splits["val"]) + len(splits["test"])
     assert int(0.2 * len(rows)) <= held < int(0.2 * len(rows)) + 3  # up to the end of a patient
-    frontal = common.index_chexpert(arguments("chexpert", tmp_path, "--view", "frontal"))  # the folder above works too
+    # the folder above works too
+    frontal = common.index_chexpert(arguments("chexpert", tmp_path, "--view", "frontal"))
     for part, split in frontal.splits.items():
         front = [path for path in splits[part].paths if path.endswith("frontal.jpg")]
         assert [path for path in split.paths if path] == front
@@ -416,13 +440,15 @@ def test_camelyon_is_read_in_place(chunks, tmp_path, capsys):
         assert split.labels.tolist() == [i % 2 for i in range(len(split))]
         batch, sizes = common.read_batch(dataset.store, split.rows[::-1])
         assert (batch.numpy() == pixels[::-1]).all() and (sizes == 96).all()
-    assert isinstance(dataset.store.arrays[0], np.ndarray) == (chunks is None)  # mapped where it lies in one piece
+    # mapped where it lies in one piece
+    assert isinstance(dataset.store.arrays[0], np.ndarray) == (chunks is None)
     (cached,) = (tmp_path / "cache").iterdir()
     assert cached.stat().st_size < 2000
     before = cached.stat().st_mtime_ns
     assert (common.load_dataset(args).store.hashes == dataset.store.hashes).all()
     assert cached.stat().st_mtime_ns == before
-    loaded = [b.numpy() for b, _ in common.load_batches(dataset.store, [np.arange(24)] * 3, torch.device("cpu"))]
+    loaded = [b.numpy() for b, _ in common.load_batches(dataset.store, [np.arange(24)] * 3,
+                                                        torch.device("cpu"))]
     assert all((one == loaded[0]).all() for one in loaded)
     dropped = common.load_dataset(arguments("camelyon", root, "--leakage", "drop"))
     assert dropped.counts == {"train": 23, "val": 8, "test": 9}
@@ -433,13 +459,16 @@ def test_camelyon_without_h5py_or_with_a_file_missing(tmp_path, capsys):
     (tmp_path / "without" / "h5py").mkdir(parents=True)
     (tmp_path / "without" / "h5py" / "__init__.py").write_text("raise ImportError('none here')")
     args = ["--dataset", "camelyon", "--data-dir", "data", *TINY]
-    refused(stage("knn_eval.py", *args, cwd=tmp_path, check=False, env={"PYTHONPATH": str(tmp_path / "without")}),
+    refused(stage("knn_eval.py", *args, cwd=tmp_path, check=False,
+                  env={"PYTHONPATH": str(tmp_path / "without")}),
             "h5py", "pip install h5py")
     file = tmp_path / "data" / "camelyonpatch_level_2_split_test_y.h5"
     file.write_bytes(b"not HDF5")
-    fails(capsys, common.index_camelyon, arguments("camelyon", tmp_path / "data"), "test_y.h5", "no HDF5 file")
+    fails(capsys, common.index_camelyon, arguments("camelyon", tmp_path / "data"), "test_y.h5",
+          "no HDF5 file")
     file.rename(file.with_suffix(".h5.gz"))
-    fails(capsys, common.index_camelyon, arguments("camelyon", tmp_path / "data"), "looks for", "test_y.h5.gz")
+    fails(capsys, common.index_camelyon, arguments("camelyon", tmp_path / "data"), "looks for",
+          "test_y.h5.gz")
 
 
 @pytest.mark.parametrize("suffix, parts", [(".tif", ["train"]), (".png", ["train", "valid", "test"])])
@@ -470,7 +499,8 @@ def test_isic2018_pairs_and_official_test(tmp_path, capsys):
     assert official.splits["val"].paths == dataset.splits["val"].paths and len(official.splits["train"]) == 27
     assert [number(path) for path in official.splits["test"].masks] == [100, 101, 102, 103, 104]
     (root / "ISIC2018_Task1_Training_GroundTruth" / "ISIC_0000004_segmentation.png").unlink()
-    fails(capsys, common.index_isic2018, arguments("isic2018", root), "1 of 30", "ISIC_0000004_segmentation.png")
+    fails(capsys, common.index_isic2018, arguments("isic2018", root), "1 of 30",
+          "ISIC_0000004_segmentation.png")
 
 
 def merged(item, size=(40, 44)):
@@ -489,7 +519,8 @@ def test_csaws_masks_patients_and_annotators(tmp_path, capsys):
     assert stems(splits["val"]) == ["000_0.png", "018_0.png"]
     assert stems(splits["train"]) == ["002_0.png", "003_0_8bit.png", "003_1_8bit.png", "400_0.png"]
     assert stems(splits["test"]) == ["500_0.png", "501_0.png", "501_1.png"]
-    assert splits["train"].groups == ["002", "003", "003", "400"] and dataset.classes == ["background", "tumour"]
+    assert (splits["train"].groups == ["002", "003", "003", "400"]
+            and dataset.classes == ["background", "tumour"])
     assert merged(splits["train"].masks[0]).sum() == 0  # 002_0 has no cancer map
     assert (merged(splits["train"].masks[1]) == (np.asarray(Image.open(
         root / "anonymized_dataset" / "003" / "003_0_cancer.png")) > 0)).all()
@@ -497,10 +528,12 @@ def test_csaws_masks_patients_and_annotators(tmp_path, capsys):
     assert tissue.classes == ["background", "tumour", *TISSUES[1:]]
     centre = merged(tissue.splits["val"].masks[0])[20]
     expected = [TISSUES.index(name) + 1 for name in TISSUES if name != "text"]
-    assert [int(v) for v in dict.fromkeys(centre[22:].tolist())] == [*expected, 0]  # small ones over large ones
+    # small ones over large ones
+    assert [int(v) for v in dict.fromkeys(centre[22:].tolist())] == [*expected, 0]
     test = splits["test"].paths[0]
     areas = [(merged(dataset.annotators[f"annotator_{k}"][test]) > 0).sum() for k in (1, 2, 3)]
-    assert areas[0] < areas[1] < areas[2] and splits["test"].masks[0] == dataset.annotators["annotator_1"][test]
+    assert (areas[0] < areas[1] < areas[2]
+            and splits["test"].masks[0] == dataset.annotators["annotator_1"][test])
     for path in (root / "test_data" / "annotator_2" / "501").glob("501_1_*"):
         path.unlink()
     fails(capsys, common.index_csaws, arguments("csaws", root), "annotator_2", "1 of 3", "501_1")
@@ -544,7 +577,8 @@ def test_split_file_of_a_carved_split_and_patches(folder_data, tmp_path):
     content["train"] = content["train"][::-1]
     (tmp_path / "c.json").write_text(json.dumps(content))
     again = common.load_dataset(args)
-    assert (again.store.image(again.splits["train"].rows[0]) == first.store.image(first.splits["train"].rows[-1])).all()
+    assert (again.store.image(again.splits["train"].rows[0])
+            == first.store.image(first.splits["train"].rows[-1])).all()
 
 
 @pytest.mark.parametrize("name", list(BUILD))

@@ -13,14 +13,16 @@ from conftest import ROOT, metrics, refused, stage, table
 
 
 def fake_run(place, stage_name, arch, init, seed, accuracy, split="abc", images=50, **changes):
-    """A run folder with a metrics.json and predictions.csv whose accuracy is right for round(accuracy * images)."""
+    """A run folder with a metrics.json and predictions.csv whose accuracy is right for round(accuracy *
+    images)."""
     folder = place / f"{stage_name}-{arch}-{init}-{seed}-{split}"
     folder.mkdir(parents=True)
     right = round(accuracy * images)
-    content = {"stage": stage_name, "dataset": "made", "arch": arch, "init": init, "seed": seed, "metric": "accuracy",
-               "val": {"accuracy": accuracy}, "test": {"accuracy": right / images, "interval": [0, 1], "undefined": []},
-               "counts": {"train": 9, "val": 9, "test": images}, "split": split, "image_size": 32, "parameters": 10 ** 6,
-               "seconds": 1.0, "epochs": 1, "leakage": {}, **changes}
+    content = {"stage": stage_name, "dataset": "made", "arch": arch, "init": init, "seed": seed,
+               "metric": "accuracy", "val": {"accuracy": accuracy},
+               "test": {"accuracy": right / images, "interval": [0, 1], "undefined": []},
+               "counts": {"train": 9, "val": 9, "test": images}, "split": split, "image_size": 32,
+               "parameters": 10 ** 6, "seconds": 1.0, "epochs": 1, "leakage": {}, **changes}
     (folder / "metrics.json").write_text(json.dumps(content))
     (folder / "args.json").write_text(json.dumps({"command": "made by hand", "versions": {"torch": "0"}}))
     rows = [f"{i}.png,a,{'a' if i < right else 'b'},{0.9 if i < right else 0.1},{0.1 if i < right else 0.9}"
@@ -58,8 +60,8 @@ def test_paired_interval_equals_numpy(tmp_path):
 
 
 def test_paired_interval_resamples_images(tmp_path):
-    """One seed, 40 of 50 against 30 of 50 right, the right ones nested: the standard error of the paired difference
-    0.2 is sqrt(0.2 * 0.8 / 50)."""
+    """One seed, 40 of 50 against 30 of 50 right, the right ones nested: the standard error of the paired
+    difference 0.2 is sqrt(0.2 * 0.8 / 50)."""
     for arch, score in (("deit_small", 0.8), ("resnet50", 0.6)):
         fake_run(tmp_path, "finetune", arch, "random", 0, score)
     found = report.cells(report.read_runs([tmp_path])[0])
@@ -82,7 +84,8 @@ def test_runs_that_do_not_belong_together_are_kept_apart(tmp_path):
     text = (tmp_path / "report" / "report.md").read_text()
     assert "0.800 (n = 1)" in text and "0.200 (n = 1)" in text and "n = 2" not in text
     assert "do not belong together" in text
-    assert "damaged" in text and "running" in text and "incomplete" in done.stderr and "cannot be used" in done.stderr
+    assert ("damaged" in text and "running" in text
+            and "incomplete" in done.stderr and "cannot be used" in done.stderr)
 
 
 def test_answers_go_as_far_as_the_numbers(tmp_path):
@@ -106,7 +109,8 @@ def test_page_is_whole_and_mistakes_are_named(tmp_path):
             fake_run(tmp_path / "runs", "knn_eval", arch, init, 0, score)
     stage("report.py", "runs", cwd=tmp_path)
     page = (tmp_path / "runs" / "report" / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 and page.count("Missing: no run has it.") == 3  # figures 1 and 3
+    # figures 1 and 3
+    assert page.count("data:image/png;base64,") == 2 and page.count("Missing: no run has it.") == 3
     assert "leakage: 3 images test in train" in page and "http" not in page.replace("https://arxiv.org", "")
     assert len(table(tmp_path / "runs" / "report" / "results.csv")) == 8
     for name in ("figure1.png", "figure3.png"):
@@ -118,13 +122,14 @@ def test_page_is_whole_and_mistakes_are_named(tmp_path):
 
 
 def test_run_all_goes_on_where_it_stopped(tmp_path):
-    env = {**os.environ, "PYTHON": sys.executable, "RUNS": str(tmp_path / "runs"), "ARCHS": "test_resnet test_vit",
-           "CAPACITY": "", "INITS": "random", "IMAGE_SIZE": "32", "EPOCHS": "1", "SEGMENT": "0",
-           "DATA_FLAGS": f"--limit 64 --cache-dir {tmp_path}/cache", "SALIENCY_FLAGS": "--images 2",
-           "ATTENTION_FLAGS": "--images 16"}
+    env = {**os.environ, "PYTHON": sys.executable, "RUNS": str(tmp_path / "runs"),
+           "ARCHS": "test_resnet test_vit", "CAPACITY": "", "INITS": "random", "IMAGE_SIZE": "32",
+           "EPOCHS": "1", "SEGMENT": "0", "DATA_FLAGS": f"--limit 64 --cache-dir {tmp_path}/cache",
+           "SALIENCY_FLAGS": "--images 2", "ATTENTION_FLAGS": "--images 16"}
 
     def run_all(**changes):
-        return subprocess.run(["bash", str(ROOT / "run_all.sh")], env={**env, **changes}, capture_output=True, text=True)
+        return subprocess.run(["bash", str(ROOT / "run_all.sh")], env={**env, **changes}, capture_output=True,
+                              text=True)
     plan = run_all(DRY_RUN="1")
     assert plan.returncode == 0 and "6 steps, remaining unknown" in plan.stdout and "done" not in plan.stdout
     assert not (tmp_path / "runs").exists()
@@ -139,8 +144,10 @@ def test_run_all_goes_on_where_it_stopped(tmp_path):
     assert "remaining about 0:00:00" in run_all(DRY_RUN="1").stdout
 
     holder = subprocess.Popen([sys.executable, "-c", "import fcntl, sys\nlock = open(sys.argv[1], 'a')\n"
-                               "fcntl.flock(lock, fcntl.LOCK_EX)\nprint('held', flush=True)\nsys.stdin.read()",
-                               str(tmp_path / "runs" / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+                               "fcntl.flock(lock, fcntl.LOCK_EX)\n"
+                               "print('held', flush=True)\nsys.stdin.read()",
+                               str(tmp_path / "runs" / ".lock")],
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     holder.stdout.readline()
     third = run_all()
     holder.communicate()

@@ -17,7 +17,8 @@ CPU = common.Run(0, 1, torch.device("cpu"), "off")
 
 
 def slow_grad_cam(features, rest, column, sign=1.0):
-    """Selvaraju et al. 2017, eq. 1 and 2, a channel at a time. features (1, C, h, w); rest: features -> logits."""
+    """Selvaraju et al. 2017, eq. 1 and 2, a channel at a time. features (1, C, h, w); rest: features ->
+    logits."""
     leaf = features.detach().clone().requires_grad_(True)
     (sign * rest(leaf)[0, column]).backward()
     cam = torch.zeros(features.shape[2:])
@@ -32,13 +33,14 @@ def relative(a, b):
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
-@pytest.mark.parametrize("classes,task,targets", [(3, "classes", None), (3, "classes", [2, 0]), (1, "classes", [0, 1]),
-                                                  (4, "multilabel", [3, 1])])
+@pytest.mark.parametrize("classes,task,targets", [(3, "classes", None), (3, "classes", [2, 0]),
+                                                  (1, "classes", [0, 1]), (4, "multilabel", [3, 1])])
 def test_grad_cam_of_a_cnn_equals_the_slow_version(classes, task, targets):
     torch.manual_seed(0)
     model = common.create("resnet18", classes, 96).eval()
     images, chosen = torch.randn(2, 3, 96, 96), None if targets is None else torch.tensor(targets)
-    model.get_classifier().weight.data.normal_()  # as differing as a trained one's, so that maps are not blank
+    # as differing as a trained one's, so that maps are not blank
+    model.get_classifier().weight.data.normal_()
     maps, logits = saliency.grad_cam(model, images, chosen, task)
     assert maps.shape == (2, 3, 3) and relative(logits, model(images)) < 1e-5
     assert maps.max() > 0
@@ -75,7 +77,8 @@ def test_grad_cam_of_a_vit_equals_the_slow_version():
 def test_probabilities_of_every_head():
     logits = torch.tensor([[1.5], [-0.3]])
     single = saliency.probabilities(logits, "classes")
-    assert torch.allclose(single[:, 1], logits[:, 0].sigmoid()) and torch.allclose(single.sum(1), torch.ones(2))
+    assert (torch.allclose(single[:, 1], logits[:, 0].sigmoid())
+            and torch.allclose(single.sum(1), torch.ones(2)))
     assert torch.equal(saliency.probabilities(logits, "multilabel"), logits.sigmoid())
 
 
@@ -85,7 +88,8 @@ def test_attention_rollout_and_mass_equal_the_slow_versions():
     mine = saliency.cls_attention(maps[-1], (2, 3))
     assert mine.shape == (2, 2, 3) and mine[1, 1, 0].item() == pytest.approx(
         np.mean([maps[-1][1, h, 0, 1 + 3].item() for h in range(3)]))
-    assert saliency.cls_attention(maps[-1], (2, 3), 2)[0, 0, 1].item() == pytest.approx(maps[-1][0, 2, 0, 2].item())
+    assert saliency.cls_attention(maps[-1], (2, 3), 2)[0, 0, 1].item() == pytest.approx(
+        maps[-1][0, 2, 0, 2].item())
     for i in range(2):
         joint = np.eye(7)
         for attention in maps:
@@ -117,7 +121,8 @@ def test_localisation_by_hand_and_as_chance():
         full, mask = rng.random((6, 5)), rng.random((6, 5)) < 0.3
         top = set(np.argsort(-full.flatten())[:mask.sum()].tolist())
         lesion = set(np.flatnonzero(mask).tolist())
-        assert saliency.localisation(full, full, mask)["iou"] == pytest.approx(len(top & lesion) / len(top | lesion))
+        assert saliency.localisation(full, full, mask)["iou"] == pytest.approx(
+            len(top & lesion) / len(top | lesion))
 
 
 def test_curves_equal_the_slow_version():
@@ -129,7 +134,8 @@ def test_curves_equal_the_slow_version():
         order = sorted(range(256), key=lambda p: -maps[i].flatten()[p].item())
         blurred = images[i].mean((1, 2), keepdim=True).expand(3, 16, 16).clone()  # one cell at 16 pixels
         areas = {}
-        for name, start, end in (("deletion", images[i], torch.zeros(3, 16, 16)), ("insertion", blurred, images[i])):
+        for name, start, end in (("deletion", images[i], torch.zeros(3, 16, 16)),
+                                 ("insertion", blurred, images[i])):
             points = []
             for step in range(21):
                 picture = start.clone()
@@ -165,7 +171,8 @@ def test_gains_are_paired_and_signed():
               for kind, shift in (("map", 0.1), ("gaussian", 0.0), ("random", 0.1))}
     result = saliency.summarise(scores, None, 0)
     assert result["gain_over_gaussian"]["iou"]["mean"] == pytest.approx(0.1)
-    assert result["gain_over_gaussian"]["iou"]["beats"] and not result["gain_over_gaussian"]["deletion"]["beats"]
+    assert (result["gain_over_gaussian"]["iou"]["beats"]
+            and not result["gain_over_gaussian"]["deletion"]["beats"])
     assert result["gain_over_gaussian"]["deletion"]["interval"] == pytest.approx([-0.1, -0.1])
     assert not result["gain_over_random"]["iou"]["beats"]
     assert result["map"]["iou"]["mean"] == pytest.approx(base[1:].mean() + 0.1)
@@ -176,8 +183,8 @@ def runs(tmp_path_factory):
     """cnn/ and vit/, trained for an epoch on the demo set."""
     folder = tmp_path_factory.mktemp("runs")
     for name, arch in (("cnn", "test_resnet"), ("vit", "test_vit")):
-        stage("finetune.py", "--arch", arch, "--epochs", "1", "--limit", "128", "--batch-size", "32", "--output", name,
-              *SMALL, cwd=folder)
+        stage("finetune.py", "--arch", arch, "--epochs", "1", "--limit", "128", "--batch-size", "32",
+              "--output", name, *SMALL, cwd=folder)
     return folder
 
 
@@ -185,7 +192,8 @@ def test_the_grid_on_masks(runs):
     args = ["saliency.py", "--runs", "cnn", "vit", "--images", "5", "--score-images", "24", *TINY[2:]]
     stage(*args, "--output", "out", cwd=runs)
     result = metrics(runs / "out")
-    assert [(run["name"], run["method"]) for run in result["runs"]] == [("cnn", "gradcam"), ("vit", "attention")]
+    assert [(run["name"], run["method"]) for run in result["runs"]] == [("cnn", "gradcam"),
+                                                                        ("vit", "attention")]
     for run in result["runs"]:
         assert run["images"] == 24
         for kind in ("map", "gaussian", "random"):
@@ -194,10 +202,12 @@ def test_the_grid_on_masks(runs):
                 assert 0 <= low <= run[kind][name]["mean"] <= high <= 1
     cnn, vit = result["runs"]
     assert cnn["gaussian"]["iou"] == vit["gaussian"]["iou"]  # the same images, the same prior
-    assert vit["gaussian"]["energy"]["mean"] > cnn["gaussian"]["energy"]["mean"]  # it is cut to its top half as well
+    # it is cut to its top half as well
+    assert vit["gaussian"]["energy"]["mean"] > cnn["gaussian"]["energy"]["mean"]
     for name in ("cnn", "vit"):
         saved = np.load(runs / "out" / f"maps-{name}.npz")
-        assert len(saved["paths"]) == 5 and saved["map_4"].shape == (128, 128) and saved["map_4"].dtype == np.float32
+        assert (len(saved["paths"]) == 5 and saved["map_4"].shape == (128, 128)
+                and saved["map_4"].dtype == np.float32)
         assert saved["probabilities"].sum(1) == pytest.approx(1, abs=1e-5)
     kept = saved["map_0"][8:120, 8:120]  # the view: the centre 64 of 73 pixels
     assert 0 < (kept > 0).mean() < 0.75
@@ -213,37 +223,40 @@ def test_own_images_in_their_own_size(runs, tmp_path):
     exif = turned.getexif()
     exif[0x0112] = 6  # shown turned by 90 degrees
     turned.save(tmp_path / "turned.jpg", exif=exif)
-    args = ["saliency.py", "--runs", "cnn", "vit", "--files", tmp_path / "wide.png", tmp_path / "turned.jpg", *TINY[2:]]
+    args = ["saliency.py", "--runs", "cnn", "vit", "--files", tmp_path / "wide.png", tmp_path / "turned.jpg",
+            *TINY[2:]]
     for method in ("rollout", "gradcam"):
         stage(*args, "--method", method, "--target", "streaked", "--output", method, cwd=runs)
         result, saved = metrics(runs / method), np.load(runs / method / "maps-vit.npz")
         assert saved["map_0"].shape == (90, 150) and saved["map_1"].shape == (150, 90)
         assert saved["explained"].tolist() == ["streaked"] * 2
-        assert result["runs"][1]["method"] == method and set(result["runs"][0]["map"]) == {"deletion", "insertion"}
+        assert (result["runs"][1]["method"] == method
+                and set(result["runs"][0]["map"]) == {"deletion", "insertion"})
         assert result["runs"][0]["right"] is None and result["dataset"] == "files"
 
 
 def test_masks_of_a_csv_dataset_and_multilabel(csv_data, tmp_path):
     data = ["--dataset", "csv", "--data-dir", "data", "--label-column", "a,b", "--split-column", "split"]
-    stage("finetune.py", *data, "--arch", "test_vit", "--epochs", "1", "--batch-size", "8", "--output", "run", *TINY,
-          cwd=tmp_path)
+    stage("finetune.py", *data, "--arch", "test_vit", "--epochs", "1", "--batch-size", "8", "--output", "run",
+          *TINY, cwd=tmp_path)
     (tmp_path / "masks").mkdir()
     for i in range(60):
         mask = np.zeros((40, 48), np.uint8)
         mask[10:30, 10:30] = 255 * (i % 2)  # every other image has no lesion
         Image.fromarray(mask).save(tmp_path / "masks" / f"{i:02d}.png")
-    stage("saliency.py", "--runs", "run", *data, "--masks", "masks", "--head", "1", "--output", "out", *TINY[2:],
-          cwd=tmp_path)
+    stage("saliency.py", "--runs", "run", *data, "--masks", "masks", "--head", "1", "--output", "out",
+          *TINY[2:], cwd=tmp_path)
     run, = metrics(tmp_path / "out")["runs"]
     assert run["images"] == 15 and 0 <= run["right"] <= 1 and 0 < run["map"]["energy"]["mean"] < 1
-    stage("saliency.py", "--runs", "run", "run/model.pt", *data, "--score-images", "3", "--images", "2", "--output",
-          "plain", *TINY[2:], cwd=tmp_path)
+    stage("saliency.py", "--runs", "run", "run/model.pt", *data, "--score-images", "3", "--images", "2",
+          "--output", "plain", *TINY[2:], cwd=tmp_path)
     result = metrics(tmp_path / "plain")
-    assert [one["images"] for one in result["runs"]] == [3, 3] and len({one["name"] for one in result["runs"]}) == 2
+    assert ([one["images"] for one in result["runs"]] == [3, 3]
+            and len({one["name"] for one in result["runs"]}) == 2)
     assert len(list((tmp_path / "plain").glob("maps-*.npz"))) == 2
     (tmp_path / "masks" / "09.png").unlink()
-    refused(stage("saliency.py", "--runs", "run", *data, "--masks", "masks", "--output", "no", *TINY[2:], cwd=tmp_path,
-                  check=False), "--masks masks", "no mask for 1 images", "09.png")
+    refused(stage("saliency.py", "--runs", "run", *data, "--masks", "masks", "--output", "no", *TINY[2:],
+                  cwd=tmp_path, check=False), "--masks masks", "no mask for 1 images", "09.png")
 
 
 @pytest.mark.parametrize("args,words", [
@@ -267,8 +280,11 @@ def test_mistakes(runs, args, words):
 def test_real_masks(tmp_path):
     root = Path(os.environ["MEDVIT_DATA"]) / "ph2"
     data = ["--dataset", "csv", "--data-dir", root, "--label-column", "diagnosis", "--cache-dir", tmp_path]
-    stage("finetune.py", *data, "--arch", "test_resnet", "--epochs", "1", "--output", "run", *SMALL, cwd=tmp_path)
-    stage("saliency.py", *data, "--runs", "run", "--masks", root / "masks", "--output", "out", *TINY[2:], cwd=tmp_path)
+    stage("finetune.py", *data, "--arch", "test_resnet", "--epochs", "1", "--output", "run", *SMALL,
+          cwd=tmp_path)
+    stage("saliency.py", *data, "--runs", "run", "--masks", root / "masks", "--output", "out", *TINY[2:],
+          cwd=tmp_path)
     run, = metrics(tmp_path / "out")["runs"]
-    assert run["gaussian"]["iou"]["mean"] > run["random"]["iou"]["mean"]  # lesions are photographed in the middle
+    # lesions are photographed in the middle
+    assert run["gaussian"]["iou"]["mean"] > run["random"]["iou"]["mean"]
     assert run["images"] > 20

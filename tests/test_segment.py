@@ -28,7 +28,8 @@ def write_pair(folder, name, rng, size=(40, 48), dtype=np.uint8, values=(0, 255)
     y, x = np.mgrid[:size[0], :size[1]]
     disc = np.hypot(y - rng.uniform(12, size[0] - 12), x - rng.uniform(12, size[1] - 12)) < rng.uniform(8, 11)
     image = (60 + 120 * disc + rng.normal(0, 10, size)).clip(0, 255) * (256 if dtype == np.uint16 else 1)
-    for part, pixels in (("images", image.astype(dtype)), ("masks", np.where(disc, *values[::-1]).astype(np.uint8))):
+    for part, pixels in (("images", image.astype(dtype)),
+                         ("masks", np.where(disc, *values[::-1]).astype(np.uint8))):
         (folder / part).mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(folder / part / f"{name}.png")
 
@@ -71,10 +72,11 @@ def test_learns_and_writes_what_the_design_names(mask_data, tmp_path):
     assert result["test"]["iou"] > result["test"]["constant_iou"], done.stdout
     low, high = result["test"]["interval"]
     assert low <= result["test"]["iou"] <= high
-    assert {"stage", "dataset", "arch", "init", "pretrained_on", "seed", "val", "epochs", "parameters", "seconds",
-            "images_per_second", "device", "amp", "world_size", "loss"} <= result.keys()
+    assert {"stage", "dataset", "arch", "init", "pretrained_on", "seed", "val", "epochs", "parameters",
+            "seconds", "images_per_second", "device", "amp", "world_size", "loss"} <= result.keys()
     rows = table(run / "predictions.csv")
-    assert np.mean([float(row["iou_lesion"]) for row in rows]) == pytest.approx(result["test"]["iou"], abs=1e-5)
+    assert np.mean([float(row["iou_lesion"]) for row in rows]) == pytest.approx(result["test"]["iou"],
+                                                                                abs=1e-5)
     model = torch.load(run / "model.pt", weights_only=True)
     assert model["task"] == "masks" and model["classes"] == ["background", "lesion"]
     assert "patch_embed.proj.weight" in model["state_dict"]
@@ -104,8 +106,8 @@ def test_two_processes_equal_one(mask_data, tmp_path):
 def test_resumed_after_sigkill_bit_for_bit(mask_data, tmp_path):
     args = [*FOLDER, *FAST, "--epochs", "6"]
     stage("segment.py", *args, "--output", "whole", cwd=tmp_path)
-    process = subprocess.Popen([sys.executable, str(ROOT / "segment.py"), *args, "--output", "killed"], cwd=tmp_path,
-                               stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, str(ROOT / "segment.py"), *args, "--output", "killed"],
+                               cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     seen = b""
     while b"epoch 4/6" not in seen:  # the bar of the fourth epoch: killed inside an epoch
         assert process.poll() is None, "ended before it could be killed"
@@ -115,7 +117,8 @@ def test_resumed_after_sigkill_bit_for_bit(mask_data, tmp_path):
     assert not (tmp_path / "killed" / "metrics.json").exists()
     done = stage("segment.py", *args, "--output", "killed", cwd=tmp_path)
     assert "resuming killed after epoch 3" in done.stdout
-    whole, killed = (torch.load(tmp_path / name / "model.pt", weights_only=True) for name in ("whole", "killed"))
+    whole, killed = (torch.load(tmp_path / name / "model.pt", weights_only=True)
+                     for name in ("whole", "killed"))
     assert all(torch.equal(whole["state_dict"][k], v) for k, v in killed["state_dict"].items())
     assert metrics(tmp_path / "whole")["test"] == metrics(tmp_path / "killed")["test"]
 
@@ -128,12 +131,13 @@ def test_predict_at_the_images_own_sizes(mask_data, tmp_path):
         Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(tmp_path / "new" / name)
     turned = Image.Exif()
     turned[274] = 6
-    Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(tmp_path / "new" / "d.jpg", exif=turned)
+    Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(tmp_path / "new" / "d.jpg",
+                                                                            exif=turned)
     Image.fromarray(rng.integers(0, 65536, (70, 35), dtype=np.uint16)).save(tmp_path / "new" / "e.png")
     sizes.update({"d.jpg": (60, 40), "e.png": (70, 35)})
     for output, processes in (("out", 1), ("two", 2)):
-        stage("segment.py", "--predict", "new", "--init", "run/model.pt", "--output", output, *TINY[2:], cwd=tmp_path,
-              processes=processes)
+        stage("segment.py", "--predict", "new", "--init", "run/model.pt", "--output", output, *TINY[2:],
+              cwd=tmp_path, processes=processes)
         rows = table(tmp_path / output / "masks.csv")
         assert len(rows) == 5
         for row in rows:
@@ -143,7 +147,8 @@ def test_predict_at_the_images_own_sizes(mask_data, tmp_path):
             assert mask.shape == sizes[name] and set(np.unique(mask)) <= {0, 255}
             assert int(row["area_lesion"]) == (mask > 0).sum()
             assert float(row["fraction_lesion"]) == pytest.approx((mask > 0).mean(), abs=1e-6)
-    assert all((tmp_path / "out" / "masks" / file).read_bytes() == (tmp_path / "two" / "masks" / file).read_bytes()
+    assert all((tmp_path / "out" / "masks" / file).read_bytes()
+               == (tmp_path / "two" / "masks" / file).read_bytes()
                for file in ("a.png", "deep/b.png"))
     refused(stage("segment.py", "--predict", "new", "--init", "run/model.pt", "--output", "run", cwd=tmp_path,
                   check=False), "training run")
@@ -166,8 +171,8 @@ def test_several_classes_palette_and_split_folders(tmp_path):
     defined = [each[name]["iou"] for name in ("red", "green", "never") if each[name]["iou"] is not None]
     assert result["test"]["iou"] == pytest.approx(np.mean(defined))
     assert set(result["test"]["undefined"]) == {n for n in each if each[n]["iou"] is None}, done.stdout
-    stage("segment.py", "--predict", "data/test/images", "--init", "run/model.pt", "--output", "out", *TINY[2:],
-          cwd=tmp_path)
+    stage("segment.py", "--predict", "data/test/images", "--init", "run/model.pt", "--output", "out",
+          *TINY[2:], cwd=tmp_path)
     with Image.open(tmp_path / "out" / "masks" / "0.png") as image:
         assert image.mode == "P" and np.asarray(image).max() < 4
     assert {"area_red", "area_never"} <= table(tmp_path / "out" / "masks.csv")[0].keys()
@@ -183,7 +188,8 @@ def test_compare(tmp_path, refuse):
         Image.fromarray(mask).save(file)
     stage("segment.py", *FOLDER, *FAST, "--output", "a", cwd=tmp_path)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    done = stage("segment.py", "--compare", "a", "b", "--output", "figure.png", "--device", "cpu", cwd=tmp_path)
+    done = stage("segment.py", "--compare", "a", "b", "--output", "figure.png", "--device", "cpu",
+                 cwd=tmp_path)
     found = json.loads((tmp_path / "figure.json").read_text())
     assert found["names"] == ["a", "b"] and found["regions"]["main region"]["count"] == 4
     assert sum(part["count"] for part in found["regions"].values()) == 8, done.stdout
@@ -214,7 +220,8 @@ def test_mistakes_are_named(mask_data, tmp_path, refuse):
     refuse(*train, "--classes", "lesion", words=["--classes"])
     refuse(*train, "--metric", "accuracy", words=["--metric"])
     refuse("--predict", "data", "--init", "random", words=["--init"])
-    done = stage("segment.py", *FOLDER, *FAST, "--epochs", "1", "--skip-broken", "--output", "run", cwd=tmp_path)
+    done = stage("segment.py", *FOLDER, *FAST, "--epochs", "1", "--skip-broken", "--output", "run",
+                 cwd=tmp_path)
     assert sum(metrics(tmp_path / "run")["counts"].values()) == 29, done.stdout
 
 
@@ -237,7 +244,8 @@ def test_open_mask_merges_binary_maps_and_checks_values(tmp_path):
 def test_masks_move_with_their_images():
     """A smooth image and the same as a mask: after the same crop and flips they still agree."""
     y, x = torch.meshgrid(torch.arange(60.0), torch.arange(80.0), indexing="ij")
-    masks = torch.stack([(torch.hypot(y - cy, x - cx) < 20) for cy, cx in ((20, 30), (30, 50), (40, 20), (25, 60))])
+    masks = torch.stack([(torch.hypot(y - cy, x - cx) < 20)
+                         for cy, cx in ((20, 30), (30, 50), (40, 20), (25, 60))])
     boxes = torch.tensor([[0, 0, 60, 80], [5, 7, 41, 55], [10, 0, 50, 50], [3, 20, 30, 60]]).float()
     flips = torch.tensor([[0, 0], [1, 0], [0, 1], [1, 1]]).bool()
     for side in (32, 96):
@@ -256,9 +264,10 @@ def test_masks_move_with_their_images():
     args = argparse.Namespace(image_size=32, scale=[0.3, 1.0], jitter=[0, 0, 0, 0])
     draws = common.Draws(0, 4, torch.arange(4), torch.device("cpu"))
     sizes = torch.tensor([[60, 80]] * 4)
-    half = masks[:, ::2, ::2].byte()[..., None]  # a mask in the cache may differ from its image by a rounded pixel
-    images, targets = segment.train_view(masks[..., None].byte() * 255, half, sizes, sizes // 2, draws, args, [0] * 3,
-                                         [1] * 3)
+    # a mask in the cache may differ from its image by a rounded pixel
+    half = masks[:, ::2, ::2].byte()[..., None]
+    images, targets = segment.train_view(masks[..., None].byte() * 255, half, sizes, sizes // 2, draws, args,
+                                         [0] * 3, [1] * 3)
     assert ((images[:, 0] > 0.5) != targets.bool()).float().mean() < 0.04
 
 
@@ -279,7 +288,8 @@ def blobs(rng, size=(24, 31), count=3):
     image = Image.new("1", size[::-1])
     for _ in range(count):
         y, x = rng.integers(0, size[0] - 5), rng.integers(0, size[1] - 5)
-        ImageDraw.Draw(image).ellipse([int(x), int(y), int(x + rng.integers(2, 12)), int(y + rng.integers(2, 9))], 1)
+        ImageDraw.Draw(image).ellipse([int(x), int(y), int(x + rng.integers(2, 12)),
+                                       int(y + rng.integers(2, 9))], 1)
     return np.asarray(image)
 
 
@@ -292,7 +302,8 @@ def test_metrics_equal_the_slow_versions():
         if i == 0:
             said[said == 2] = 0  # class 2 in neither: left out
         masks.append((truth, said))
-    pixels = np.array([[[((t == c) & (s == c)).sum(), (t == c).sum(), (s == c).sum(), np.nan] for c in range(3)]
+    pixels = np.array([[[((t == c) & (s == c)).sum(), (t == c).sum(), (s == c).sum(), np.nan]
+                        for c in range(3)]
                        for t, s in masks], float)
     scores = segment.score_masks(pixels, ["background", "one", "two"], "iou")
     for c, name in ((1, "one"), (2, "two")):
@@ -305,7 +316,8 @@ def test_metrics_equal_the_slow_versions():
         assert len(iou) == (12 if c == 1 else 11)
         assert scores["classes"][name]["iou"] == pytest.approx(np.mean(iou))
         assert scores["classes"][name]["dice"] == pytest.approx(np.mean(dice))
-        whole = [sum(join(t == c, s == c).sum() for t, s in masks) for join in (np.logical_and, np.logical_or)]
+        whole = [sum(join(t == c, s == c).sum() for t, s in masks)
+                 for join in (np.logical_and, np.logical_or)]
         assert scores["classes"][name]["iou_set"] == pytest.approx(whole[0] / whole[1])
         assert scores["classes"][name]["dice_set"] == pytest.approx(2 * whole[0] / sum(whole))
         assert scores["classes"][name]["hd95"] is None
@@ -334,7 +346,8 @@ def test_loss_equals_the_slow_version():
                 dice.append((2 * float((p[c] * t).sum()) + 1) / (float(p[c].sum() + t.sum()) + 1))
             dice = 1 - np.mean(dice)
             for kind, value in (("ce", entropy), ("dice", dice), ("ce+dice", entropy + dice)):
-                assert segment.loss_function(logits, targets, kind)[b].item() == pytest.approx(value, abs=1e-5)
+                assert segment.loss_function(logits, targets, kind)[b].item() == pytest.approx(value,
+                                                                                               abs=1e-5)
 
 
 def test_regions_and_their_distance():
@@ -389,8 +402,9 @@ def test_head_on_narrow_maps_and_any_backbone():
 @pytest.mark.skipif("MEDVIT_DATA" not in os.environ, reason="MEDVIT_DATA does not name the real images")
 def test_real_images(tmp_path):
     """Dermoscopy: even a tiny ViT soon beats the best constant mask."""
-    done = stage("segment.py", "--dataset", "folder", "--data-dir", Path(os.environ["MEDVIT_DATA"]) / "ph2", *FAST,
-                 "--image-size", "96", "--epochs", "3", "--batch-size", "10", "--output", "run", cwd=tmp_path)
+    done = stage("segment.py", "--dataset", "folder", "--data-dir", Path(os.environ["MEDVIT_DATA"]) / "ph2",
+                 *FAST, "--image-size", "96", "--epochs", "3", "--batch-size", "10", "--output", "run",
+                 cwd=tmp_path)
     result = metrics(tmp_path / "run")
     assert sum(result["counts"].values()) == 200
     assert result["test"]["iou"] > result["test"]["constant_iou"] + 0.1, done.stdout
