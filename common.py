@@ -1152,10 +1152,11 @@ def create(arch, num_classes, image_size, **options):
         return timm.create_model(name, num_classes=num_classes, **options)
     except (AssertionError, ValueError, RuntimeError) as error:
         fail(f"--arch {arch} cannot be built for --image-size {image_size}: {error}")
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))
-    if image_size % patch[0] or image_size % patch[1]:
-        fail(f"--image-size {image_size} is no multiple of the {patch[0]}-pixel patches of {arch}; "
-             f"try {max(1, round(image_size / patch[0])) * patch[0]}")
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
+    patch = max(patch) if isinstance(patch, tuple) else patch  # a tuple in ViTs, a number in XCiTs
+    if image_size % patch:
+        fail(f"--image-size {image_size} is no multiple of the {patch}-pixel patches of {arch}; "
+             f"try {max(1, round(image_size / patch)) * patch}")
     return model
 
 
