@@ -24,7 +24,7 @@ import common
 from common import Draws, fail, say
 
 # What the two recipes differ in; a flag on the command line goes before either. "paper" is meant for a start
-# from ImageNet weights; "small" for random weights and few images (BENCHMARKS.md has the ablation).
+# from ImageNet weights; "small", for random weights and few images, is a start, not yet settled by an ablation.
 PAPER = {"out_dim": 4096, "head_norm": "none", "teacher_temp": 0.07, "warmup_teacher_temp": 0.04,
          "warmup_teacher_epochs": 30, "momentum_teacher": 0.99, "global_scale": [0.4, 1.0],
          "local_scale": [0.05, 0.4], "jitter": [0.4, 0.4, 0.2, 0.1], "lr": 5e-4, "warmup_epochs": 10,
