@@ -15,6 +15,8 @@ import argparse
 import json
 import math
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +147,10 @@ def open_mask(item, classes):
     """An item of Split.masks as (H, W, 1) uint8 class indices. A file of two classes may hold 0/255 or 0/1;
     others hold class indices (of a palette PNG, the palette's). A list of (class, file) is merged, later ones
     on top."""
+    if isinstance(item, list) and item[0][0] == "vote":
+        votes = np.stack([open_mask(part, classes) for _, part in item])
+        agreed = [(votes == c).sum(0) * 2 > len(votes) for c in range(classes)]
+        return np.select(agreed, range(classes), 0).astype(np.uint8)
     if isinstance(item, list):
         maps = [(index, open_mask(file, 2)) for index, file in item]
         if len({part.shape for _, part in maps}) != 1:
@@ -441,6 +447,22 @@ def evaluate(model, dataset, split, args, run, distances=False, batch_size=32):
     return table[:, :, :4], table[:, 0, 4]
 
 
+def score_annotators(model, dataset, args, run):
+    """{annotator: scores of the test split against that annotator's masks}, and against their "majority"."""
+    test, scores = dataset.splits["test"], {}
+    experts = {name: [masks[path] for path in test.paths] for name, masks in dataset.annotators.items()}
+    experts["majority"] = [[("vote", item) for item in items] for items in zip(*experts.values())]
+    for name, masks in experts.items():
+        store = common.open_store(f"{dataset.name}-{name}", masks, args, partial(
+            open_mask, classes=len(dataset.classes)), Image.Resampling.NEAREST)
+        # test alone, its images and masks in the rows 0, 1, ... of both stores
+        alone = replace(dataset, mask_store=store, store=replace(dataset.store, **{
+            part: getattr(dataset.store, part)[test.rows] for part in ("offsets", "shapes", "sizes")}))
+        table, _ = evaluate(model, alone, replace(test, rows=np.arange(len(test))), args, run)
+        scores[name] = score_masks(table, dataset.classes, dataset.metric, test.groups)
+    return scores
+
+
 def constant_score(dataset, args, device):
     """IoU over images on test of the best mask that is the same for every image: where the class is more
     frequent in train than the threshold that does best on train (up to 1024 images). Mean over the
@@ -580,10 +602,11 @@ def finish(dataset, args, run, folder, log, pretrained_on):
     model = common.to_device(load_segmenter(folder / "model.pt")[0], run)
     split, classes = dataset.splits["test"], dataset.classes
     table, losses = evaluate(model, dataset, split, args, run, distances=True)
+    annotators = score_annotators(model, dataset, args, run) if dataset.annotators else {}
     if run.rank > 0:
         return
     test = {"loss": float(losses.mean()), **score_masks(table, classes, dataset.metric, split.groups),
-            "constant_iou": constant_score(dataset, args, run.device)}
+            "constant_iou": constant_score(dataset, args, run.device), "annotators": annotators}
     best, show = max(log, key=lambda entry: entry["score"]), common.show
     columns = np.concatenate([*(np.stack(overlap(table[:, 1:]), 2), table[:, 1:, [3, 1, 2]])], 2)
     head = [f"{what}_{name}" for name in classes[1:]
@@ -613,6 +636,9 @@ def finish(dataset, args, run, folder, log, pretrained_on):
         "summary": f"test {headline}"})
     common.print_table(["test", *SCORES], [[name, *(show(row[score]) for score in SCORES)] for name, row in (
         *test["classes"].items(), ("mean of foreground", test))])
+    if annotators:
+        common.print_table(["against", "iou", "dice"], [
+            [name, show(row["iou"]), show(row["dice"])] for name, row in annotators.items()])
     low, high = test["interval"] or (None, None)
     say(f"best epoch {best['epoch']} of {args.epochs}, {len(split)} test images, {headline} (95 % interval "
         f"{show(low)} to {show(high)}); the best constant mask has IoU {show(test['constant_iou'])}")

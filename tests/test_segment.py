@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw
 import common
 import segment
 from conftest import ROOT, TINY, metrics, refused, stage, table
+from test_datasets import BUILD
 
 FOLDER = ["--dataset", "folder", "--data-dir", "data"]
 FAST = ["--arch", "test_vit", "--epochs", "2", "--batch-size", "4", "--lr", "3e-3", *TINY]
@@ -408,3 +409,29 @@ def test_real_images(tmp_path):
     result = metrics(tmp_path / "run")
     assert sum(result["counts"].values()) == 200
     assert result["test"]["iou"] > result["test"]["constant_iou"] + 0.1, done.stdout
+
+
+@pytest.mark.parametrize("name", ["isic2018", "csaws"])
+def test_the_papers_datasets(name, tmp_path):
+    """One epoch on a fixture in the owners' layout. CSAW-S' annotators drew discs of radius 3, 4 and 5, so their
+    majority is the second's."""
+    BUILD[name](tmp_path / "data")
+    stage("segment.py", "--dataset", name, "--data-dir", "data", *FAST[:2], "--epochs", "1", "--batch-size", "2",
+          *TINY, "--output", "run", cwd=tmp_path)
+    result = metrics(tmp_path / "run")
+    assert result["dataset"] == name and result["metric"] == "iou"
+    if name == "csaws":
+        scores = result["test"]["annotators"]
+        assert set(scores) == {"annotator_1", "annotator_2", "annotator_3", "majority"}
+        assert scores["majority"] == scores["annotator_2"] != scores["annotator_3"]
+        assert scores["annotator_1"]["iou"] == result["test"]["iou"]
+
+
+def test_majority_of_three_masks(tmp_path):
+    parts = np.random.default_rng(0).integers(0, 3, (3, 8, 9)).astype(np.uint8)
+    for i, mask in enumerate(parts):
+        Image.fromarray(mask).save(tmp_path / f"{i}.png")
+    ours = segment.open_mask([("vote", str(tmp_path / f"{i}.png")) for i in range(3)], 3)[..., 0]
+    for y, x in np.ndindex(8, 9):
+        counts = np.bincount(parts[:, y, x], minlength=3)
+        assert ours[y, x] == (counts.argmax() if counts.max() >= 2 else 0)
