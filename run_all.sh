@@ -18,12 +18,13 @@ INITS=${INITS:-random dino}                  # the paper's: random imagenet dino
 DINO_INIT=${DINO_INIT:-random}               # what pretraining starts from; the paper's: imagenet
 SEEDS=${SEEDS:-0}                            # the paper's: 0 1 2 3 4
 IMAGE_SIZE=${IMAGE_SIZE:-64}                 # the paper's: 224
-EPOCHS=${EPOCHS:-20}                         # of fine-tuning
-DINO_EPOCHS=${DINO_EPOCHS:-10}
-SEGMENT_EPOCHS=${SEGMENT_EPOCHS:-8}
+EPOCHS=${EPOCHS:-8}                          # of fine-tuning; the paper's: until validation stops improving
+DINO_EPOCHS=${DINO_EPOCHS:-4}
+SEGMENT_EPOCHS=${SEGMENT_EPOCHS:-5}
+SEGMENT_INITS=${SEGMENT_INITS:-random}       # of INITS
 SEGMENT=${SEGMENT:-$([ "$DATASET" = demo ] && echo 1 || echo 0)}  # 1: segmentation as well (needs masks)
 CLASSIFY=${CLASSIFY:-1}                      # 0: the dataset has masks only
-FINETUNE_FLAGS=${FINETUNE_FLAGS---lr 5e-4}   # from random weights on few images; empty for the paper's 1e-4
+FINETUNE_FLAGS=${FINETUNE_FLAGS---lr 1e-3}   # from random weights on few images; empty for the paper's 1e-4
 DINO_FLAGS=${DINO_FLAGS:-}
 KNN_FLAGS=${KNN_FLAGS:-}
 SEGMENT_FLAGS=${SEGMENT_FLAGS---lr 5e-4}
@@ -98,7 +99,7 @@ if [ "$CLASSIFY" = 1 ]; then
 fi
 if [ "$SEGMENT" = 1 ]; then
   for seed in $SEEDS; do
-    for init in $INITS; do
+    for init in $SEGMENT_INITS; do
       for arch in $ARCHS; do
         name=segment-$arch-$init-s$seed
         step "$name" "$RUNS/$name" "$(wanted_file "$init" "$arch")" segment.py $data --arch "$arch" \
@@ -108,7 +109,7 @@ if [ "$SEGMENT" = 1 ]; then
   done
   set -- $ARCHS
   if [ $# -ge 2 ]; then
-    last_init=${INITS##* }
+    last_init=${SEGMENT_INITS##* }
     a=$RUNS/segment-$1-$last_init-s$first_seed b=$RUNS/segment-$2-$last_init-s$first_seed
     step comparison "$RUNS/comparison.png" "$a/metrics.json $b/metrics.json" segment.py --compare "$a" "$b" \
       --output "$RUNS/comparison.png"
