@@ -1816,6 +1816,8 @@ def draw_plot(path, panels, size=(640, 480)):
         low, high = panel.get("ylim") or (min(p[1] - p[2] for p in every), max(p[1] + p[2] for p in every))
         ys = ticks(min(low, 0) if bars else low, high if high > low else low + 1)
         x0, x1 = min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1
+        if not names:  # room for the points at the ends
+            x0, x1 = x0 - 0.03 * (x1 - x0), x1 + 0.03 * (x1 - x0)
         left, right, top, bottom = number * width + 78, (number + 1) * width - 18, 64, height - 62
         across = lambda x: left + (x - x0) / (x1 - x0) * (right - left)  # noqa: E731
         up = lambda y: bottom - (y - ys[0]) / (ys[-1] - ys[0]) * (bottom - top)  # noqa: E731
@@ -1841,7 +1843,7 @@ def draw_plot(path, panels, size=(640, 480)):
                     px += (i - (len(series) - 1) / 2) * wide
                     pen.rectangle([px - wide * 0.46, min(py, up(0)), px + wide * 0.46, max(py, up(0))],
                                   fill=colour)
-                elif kind == "points" or len(points) == 1:
+                elif kind == "points" or len(points) <= 8 and kind == "line":
                     pen.ellipse([px - 4, py - 4, px + 4, py + 4], fill=colour)
                 if error:
                     pen.line([px, up(y - error), px, up(y + error)],

@@ -333,7 +333,7 @@ def draw_run(folder, meta, dataset, split, drawn, pictures, chances, right):
         with open(part, "wb") as out:
             np.savez_compressed(out, **arrays)
     common.write_atomic(folder / f"maps-{meta['name']}.npz", save)
-    return images, captions, f"{meta['name'][:15]}\n{meta['method']}"
+    return images, captions, f"{meta['arch']}\n{meta['init']}\n{meta['method']}"
 
 
 def finish(folder, dataset, split, runs, args, run, seconds):
