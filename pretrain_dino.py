@@ -24,7 +24,7 @@ import common
 from common import Draws, fail, say
 
 # What the two recipes differ in; a flag on the command line goes before either. "paper" is meant for a start
-# from ImageNet weights; "small", for random weights and few images, is a start, not yet settled by an ablation.
+# from ImageNet weights; "small", for random weights and few images, is a start that no ablation has settled.
 PAPER = {"out_dim": 4096, "head_norm": "none", "teacher_temp": 0.07, "warmup_teacher_temp": 0.04,
          "warmup_teacher_epochs": 30, "momentum_teacher": 0.99, "global_scale": [0.4, 1.0],
          "local_scale": [0.05, 0.4], "jitter": [0.4, 0.4, 0.2, 0.1], "lr": 5e-4, "warmup_epochs": 10,
@@ -339,7 +339,7 @@ def save_model(path, state, dataset, args, pretrained_on):
 
 def draw_crops(path, dataset, args):
     """A row per image: the image, its two large crops, its small ones, as the student sees them."""
-    rows = dataset.splits["train"].rows[np.linspace(0, len(dataset.splits["train"]) - 1, 6).astype(int)]
+    rows = np.random.default_rng(args.seed).permutation(dataset.splits["train"].rows)[:6]
     images, sizes = common.read_batch(dataset.store, rows)
     draws = Draws((args.seed, "preview"), len(rows), torch.arange(len(rows)), "cpu")
     views = [(255 * view.permute(0, 2, 3, 1)).round().byte().numpy() for crops in
@@ -349,10 +349,10 @@ def draw_crops(path, dataset, args):
     common.draw_grid(path, pictures, [names] * len(rows), side=128, title=dataset.name)
 
 
-def draw_curves(path, log, args):
-    """Loss, entropies and k-NN by epoch."""
+def draw_curves(path, start, log, args):
+    """Loss, entropies and k-NN by epoch; the k-NN starts with that before training, at epoch 0."""
     def line(label, key):
-        seen = [e for e in log if key in e]
+        seen = [e for e in ({**start, "epoch": 0}, *log) if key in e]
         return {"label": label, "x": [e["epoch"] for e in seen], "y": [e[key] for e in seen]}
     most = math.log(args.out_dim)
     wall = {"label": "ln outputs", "x": [1, len(log)], "y": [most, most], "kind": "dashed", "colour": 6}
@@ -398,7 +398,7 @@ def main():
     if args.compile:
         state.wrapped, teacher.forward = torch.compile(state.wrapped), torch.compile(teacher.forward)
     plan = schedules(settings, images // args.batch_size)
-    start = examine(state, dataset, settings, run, args.probe_every)
+    start = checkpoint["start"] if checkpoint else examine(state, dataset, settings, run, args.probe_every)
     say(f"before: feature std {start['feature_std']:.3f}, k-NN {common.show(start.get('knn'))}")
 
     for epoch in range(len(log), args.epochs):
@@ -411,10 +411,11 @@ def main():
         if run.rank == 0:
             save_model(folder / "model.pt", state, dataset, args, pretrained_on)
             common.write_atomic(folder / "checkpoint.pt", lambda part: torch.save(
-                {**{k: v.state_dict() for k, v in kept.items()}, "center": state.center, "log": log}, part))
+                {**{k: v.state_dict() for k, v in kept.items()}, "center": state.center, "start": start,
+                 "log": log}, part))
             common.write_atomic(folder / "log.jsonl", lambda part: part.write_text(
                 "".join(json.dumps(e) + "\n" for e in log)))
-            draw_curves(folder / "curves.png", log, settings)
+            draw_curves(folder / "curves.png", start, log, settings)
         most = math.log(settings.out_dim)
         knn = f"  k-NN {entry['knn']:.4f}" if "knn" in entry else ""
         say(f"epoch {epoch + 1}/{args.epochs}  loss {entry['loss']:.3f}  entropy {entry['entropy']:.2f} "
