@@ -1621,6 +1621,13 @@ def load_checkpoint(folder, run):
         fail(f"{path} cannot be read ({str(error).splitlines()[0][:120]}); --overwrite starts the run again")
 
 
+def save_checkpoint(folder, content):
+    """Replace checkpoint.pt by content, and log.jsonl by a line for each entry of content["log"]."""
+    write_atomic(folder / "checkpoint.pt", lambda part: torch.save(content, part))
+    lines = "".join(json.dumps(entry) + "\n" for entry in content["log"])
+    write_atomic(folder / "log.jsonl", lambda part: part.write_text(lines))
+
+
 def write_json(path, content):
     """Write a JSON file atomically; numbers that are not finite become null."""
     clean = json.loads(json.dumps(content, default=float), parse_constant=lambda _: None)

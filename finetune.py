@@ -7,7 +7,6 @@
 Matsoukas et al. 2023 (arXiv:2303.07034), section 3: Adam, learning rate 1e-4 after a linear warm-up, weight
 decay 1e-5, batch 64, cosine or plateau schedule, gradient norm clipped at 1. --freeze: the classifier alone.
 """
-import json
 import math
 import time
 from pathlib import Path
@@ -202,11 +201,8 @@ def fit(model, dataset, args, run, folder, pretrained_on):
         if run.rank == 0:  # model.pt first: were we killed between the two, the epoch would run again
             if improved:
                 save_model(folder / "model.pt", model, dataset, args, pretrained_on)
-            common.write_atomic(folder / "checkpoint.pt", lambda part: torch.save(
-                {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                 "scaler": scaler.state_dict(), "log": log}, part))
-            common.write_atomic(folder / "log.jsonl", lambda part: part.write_text(
-                "".join(json.dumps(entry) + "\n" for entry in log)))
+            common.save_checkpoint(folder, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                                            "scaler": scaler.state_dict(), "log": log})
         say(f"epoch {epoch + 1}/{args.epochs}  loss {loss:.4f}  val loss {values['loss']:.4f}  val "
             f"{dataset.metric} {common.show(values[dataset.metric])}{' *' if improved else ''}  "
             f"{speed:.1f} images/s")

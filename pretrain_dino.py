@@ -9,7 +9,6 @@ teacher gives for another crop; the teacher is the moving average of the student
 backbone, for --init of the other stages. Each epoch prints a line of health; a collapsed run is told so.
 """
 import copy
-import json
 import math
 import time
 from types import SimpleNamespace
@@ -410,11 +409,8 @@ def main():
         log.append(entry)
         if run.rank == 0:
             save_model(folder / "model.pt", state, dataset, args, pretrained_on)
-            common.write_atomic(folder / "checkpoint.pt", lambda part: torch.save(
-                {**{k: v.state_dict() for k, v in kept.items()}, "center": state.center, "start": start,
-                 "log": log}, part))
-            common.write_atomic(folder / "log.jsonl", lambda part: part.write_text(
-                "".join(json.dumps(e) + "\n" for e in log)))
+            common.save_checkpoint(folder, {**{k: v.state_dict() for k, v in kept.items()},
+                                            "center": state.center, "start": start, "log": log})
             draw_curves(folder / "curves.png", start, log, settings)
         most = math.log(settings.out_dim)
         knn = f"  k-NN {entry['knn']:.4f}" if "knn" in entry else ""

@@ -585,11 +585,8 @@ def fit(model, dataset, args, run, folder, pretrained_on):
         if run.rank == 0:  # model.pt first: were we killed between the two, the epoch would run again
             if improved:
                 save_model(folder / "model.pt", model, dataset, args, pretrained_on)
-            common.write_atomic(folder / "checkpoint.pt", lambda part: torch.save(
-                {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                 "scaler": scaler.state_dict(), "log": log}, part))
-            common.write_atomic(folder / "log.jsonl", lambda part: part.write_text(
-                "".join(json.dumps(entry) + "\n" for entry in log)))
+            common.save_checkpoint(folder, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                                            "scaler": scaler.state_dict(), "log": log})
         say(f"epoch {epoch + 1}/{args.epochs}  loss {loss:.4f}  val loss {values['loss']:.4f}  "
             f"val {dataset.metric} {common.show(values[dataset.metric])}{' *' if improved else ''}  "
             f"{speed:.1f} images/s")
