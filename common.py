@@ -1436,6 +1436,24 @@ def launch(main):
             dist.destroy_process_group()
 
 
+def all_reduce_mean(value, run):
+    """The mean over processes, in place."""
+    if run.world > 1:
+        dist.all_reduce(value)
+        value /= run.world
+    return value
+
+
+def checked_mean(total, count, step, epoch, args, run):
+    """total / count, the mean over processes of what was summed up to `step` (0, 1, ...); a mean that is not
+    finite ends the run."""
+    mean = all_reduce_mean(total / count, run)
+    if not torch.isfinite(mean).all():
+        fail(f"the loss is not finite by step {step + 1} (epoch {epoch + 1}); the last good checkpoint is "
+             f"{args.output}/checkpoint.pt; lower --lr, or try --amp off")
+    return mean
+
+
 def own_share(total, run, what="--batch-size"):
     """The rows of a global batch of `total` that belong to this process, (total / world,)."""
     if total % run.world:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -139,13 +138,7 @@ def train_epoch(model, optimizer, scaler, dataset, args, run, epoch, drops):
         total += loss.detach()
         seen += 1
         if seen % CHECK_EVERY == 0 or i + 1 == len(order):
-            mean = total / seen
-            if run.world > 1:
-                dist.all_reduce(mean)
-                mean /= run.world
-            if not torch.isfinite(mean):
-                fail(f"the loss is not finite by step {step + 1} (epoch {epoch + 1}); the last good "
-                     f"checkpoint is {args.output}/checkpoint.pt; lower --lr, or try --amp off")
+            mean = common.checked_mean(total, seen, step, epoch, args, run)
             bar.set_postfix(loss=f"{mean.item():.3f}")
     return mean.item(), len(order) * args.batch_size / (time.time() - begin)
 

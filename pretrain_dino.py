@@ -15,7 +15,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -140,19 +139,11 @@ def dino_loss(student, teacher, views, temp):
     return ((normalisers - (p * others).sum((0, 2))) / counts.sum()).mean()
 
 
-def all_reduce_mean(value, run):
-    """The mean over processes, in place."""
-    if run.world > 1:
-        dist.all_reduce(value)
-        value /= run.world
-    return value
-
-
 def sinkhorn(logits, temp, run, iterations=3):
     """Teacher probabilities (N, K), equal columns over the global batch (Caron et al. 2020, eq. 3)."""
     q = ((logits - logits.amax(1, keepdim=True)) / temp).exp()
     for _ in range(iterations):
-        q = q / all_reduce_mean(q.mean(0), run).clamp(min=1e-12)  # equal columns ...
+        q = q / common.all_reduce_mean(q.mean(0), run).clamp(min=1e-12)  # equal columns ...
         q = q / q.sum(1, keepdim=True)                            # ... then rows that sum to 1
     return q
 
@@ -276,16 +267,14 @@ def train_epoch(state, dataset, args, run, epoch, plan):
         state.scaler.step(state.optimizer)
         state.scaler.update()
         with torch.no_grad():
-            state.center.lerp_(all_reduce_mean(torch.stack(centers).mean(0), run), 1 - args.center_momentum)
+            center = common.all_reduce_mean(torch.stack(centers).mean(0), run)
+            state.center.lerp_(center, 1 - args.center_momentum)
             torch._foreach_lerp_(list(state.teacher.parameters()), list(state.student.parameters()),
                                  1 - float(momentum[step]))
         if (i + 1) % 20 == 0 or i + 1 == len(order):
-            values = all_reduce_mean(sums / (i + 1), run)
-            if not torch.isfinite(values[0]):
-                fail(f"the loss is not finite by step {step + 1} (epoch {epoch + 1}); the last good "
-                     f"checkpoint is {args.output}/checkpoint.pt; lower --lr, or try --amp off")
+            values = common.checked_mean(sums, i + 1, step, epoch, args, run)
             bar.set_postfix(loss=f"{values[0].item():.3f}")
-    p = all_reduce_mean(mean_output / len(order), run)
+    p = common.all_reduce_mean(mean_output / len(order), run)
     return {"loss": values[0].item(), "entropy": values[1].item(),
             "marginal_entropy": -(p * p.clamp(min=1e-30).log()).sum().item(),
             "images_per_second": len(order) * args.batch_size / (time.time() - begin)}

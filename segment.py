@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
@@ -531,13 +530,7 @@ def train_epoch(model, dropout, optimizer, scaler, dataset, args, run, epoch):
         scaler.update()
         total += loss.detach()
         if (i + 1) % CHECK_EVERY == 0 or i + 1 == len(order):
-            mean = total / (i + 1)
-            if run.world > 1:
-                dist.all_reduce(mean)
-                mean /= run.world
-            if not torch.isfinite(mean):
-                fail(f"the loss is not finite by step {epoch * len(order) + i + 1} (epoch {epoch + 1}); "
-                     f"the last good checkpoint is {args.output}/checkpoint.pt; lower --lr, or try --amp off")
+            mean = common.checked_mean(total, i + 1, epoch * len(order) + i, epoch, args, run)
             bar.set_postfix(loss=f"{mean.item():.3f}")
     return mean.item(), len(order) * args.batch_size / (time.time() - begin)
 
