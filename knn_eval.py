@@ -7,6 +7,7 @@ Matsoukas et al. 2023, section 3, after Caron et al. 2021, section 4.1: the trai
 similarity vote with the weight exp(similarity / 0.07), k = 200. Every k of --k is scored; the one that is
 best on validation gives the headline. features.npz keeps the features of all splits.
 """
+import math
 import time
 
 import numpy as np
@@ -34,27 +35,40 @@ def arguments():
     return args
 
 
+def largest(scores, k):
+    """topk(k) of each row of scores (M, N), for N far above k: (values, columns), both (M, k), largest first.
+
+    The k largest stand in the k groups of columns with the largest maxima, so that only the maxima and these
+    groups are sorted: about 2 sqrt(N k) numbers a row in place of N."""
+    count = scores.shape[1]
+    size = math.isqrt(count // k)
+    if size < 3:
+        return scores.topk(k, dim=1)
+    groups = count // size  # group g has the columns g, g + groups, g + 2 groups, ...; a rest belongs to none
+    body, rest = scores[:, :groups * size].unflatten(1, (size, groups)), scores[:, groups * size:]
+    chosen = body.amax(1).topk(k, dim=1, sorted=False).indices
+    found = body.gather(2, chosen[:, None].expand(-1, size, -1)).flatten(1)
+    values, place = torch.cat([found, rest], 1).topk(k, dim=1)
+    columns = chosen.gather(1, place % k) + place.div(k, rounding_mode="floor") * groups
+    return values, torch.where(place < size * k, columns, place + size * (groups - k))
+
+
 @torch.inference_mode()
-def vote(train, labels, queries, ks, temperature, tile=4096):
+def vote(train, labels, queries, ks, temperature, tile=2 ** 27):
     """Class shares of the k nearest training images for every k.
 
     train (N, D) and queries (M, D) float32, L2-normalised; labels (N, C) float32, one-hot or multilabel.
     For each query the k largest cosines s vote for their labels with weight exp(s / temperature); the shares
-    are divided by the weights' sum. Returns {k: (M, C) float32 on the CPU}. Memory goes with tile, not N."""
-    most, shares = max(ks), {k: [] for k in ks}
-    for query in queries.split(tile // 4):
-        best = torch.empty(len(query), 0, device=query.device)
-        where = torch.empty(len(query), 0, dtype=torch.long, device=query.device)
-        for start in range(0, len(train), tile):
-            block = train[start:start + tile]
-            similarity, index = (query @ block.T).topk(min(most, len(block)), dim=1)
-            best, where = torch.cat([best, similarity], 1), torch.cat([where, index + start], 1)
-            best, keep = best.topk(min(most, best.shape[1]), dim=1)
-            where = where.gather(1, keep)
+    are divided by the weights' sum. Returns {k: (M, C) float32 on the CPU}. `tile` cosines, and no more than
+    those of 1024 queries, are held at a time (default 2^27, 0.5 GB)."""
+    rows, shares = max(1, min(1024, tile // len(train), len(queries))), {k: [] for k in ks}
+    cosines = torch.empty(rows, len(train), device=train.device)  # one buffer: fresh memory costs page faults
+    for query in queries.split(rows):
+        best, where = largest(torch.mm(query, train.T, out=cosines[:len(query)]), max(ks))
         weights = ((best - best[:, :1]) / temperature).exp()  # the largest is 1, whatever the temperature
         for k in ks:
-            weight = weights[:, :k, None]
-            shares[k].append(((weight * labels[where[:, :k]]).sum(1) / weight.sum(1)).cpu())
+            weight = weights[:, None, :k]
+            shares[k].append(((weight @ labels[where[:, :k]])[:, 0] / weight.sum(2)).cpu())
     return {k: torch.cat(parts) for k, parts in shares.items()}
 
 

@@ -169,6 +169,19 @@ def slow_vote(train, labels, query, k, temperature):
     return total / sum(np.exp(s / temperature) for s, _ in similarity)
 
 
+@pytest.mark.parametrize("count,k", [(100, 5), (5003, 20), (5000, 1), (9000, 1000)])
+def test_largest_equals_topk(count, k):
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(33, count, generator=generator, dtype=torch.float64)  # no ties in so many digits
+    for mine, theirs in zip(knn_eval.largest(scores, k), scores.topk(k, dim=1)):
+        assert torch.equal(mine, theirs)
+    scores = (scores * 10).round()  # many ties, of which any may be taken, but none twice
+    values, columns = knn_eval.largest(scores, k)
+    assert torch.equal(values, scores.topk(k, dim=1).values)
+    assert torch.equal(values, scores.gather(1, columns))
+    assert all(len(set(row)) == k for row in columns.tolist())
+
+
 def test_vote_equals_the_slow_version_and_scikit_learn():
     generator = torch.Generator().manual_seed(0)
     train, queries = torch.randn(300, 8, generator=generator), torch.randn(37, 8, generator=generator)
