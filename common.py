@@ -13,6 +13,7 @@ import pickle
 import platform
 import random
 import re
+import shlex
 import shutil
 import sys
 import textwrap
@@ -1614,7 +1615,7 @@ def write_args(folder, args, run, extra_files=()):
             for name in [*RUN_FILES, *extra_files] if args.overwrite else []:
                 (folder / name).unlink(missing_ok=True)
             write_json(folder / "args.json", {
-                "stage": args.stage, "arguments": vars(args), "command": " ".join(sys.argv),
+                "stage": args.stage, "arguments": vars(args), "command": shlex.join(sys.argv),
                 "versions": versions(), "device": device_name(run.device), "world_size": run.world})
         except OSError as error:
             fail(f"--output {folder} cannot be written ({error})")
