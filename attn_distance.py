@@ -122,14 +122,14 @@ def draw(path, results):
     for facts, result in results:
         blocks, heads = result["mean"].shape
         panels.append({
-            "title": f"{facts['arch']}, {facts['name']}", "xlabel": "block", "ylim": (0, top),
-            "ylabel": "mean attention distance (pixels)",
-            "xnames": [str(b + 1) if blocks <= 12 or b % 4 == 3 else "" for b in range(blocks)],
+            "title": f"{facts['arch']}, {facts['init']}", "xlabel": "block", "ylim": (0, top),
+            "ylabel": "attention distance (pixels)",
+            "xnames": [str(b + 1) if blocks < 7 or b % (blocks // 6) == 0 else "" for b in range(blocks)],
             "series": [{"label": "head", "kind": "points", "x": np.repeat(np.arange(blocks), heads).tolist(),
                         "y": result["mean"].flatten().tolist()},
                        {"label": "uniform attention", "kind": "dashed", "x": [-0.5, blocks - 0.5],
                         "y": [result["uniform"]] * 2, "colour": 6}]})
-    common.draw_plot(path, panels, (480, 440))
+    common.draw_plot(path, panels, (400, 360), 2)
 
 
 def finish(folder, dataset, split, results, args, run, seconds):

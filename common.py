@@ -1805,110 +1805,178 @@ def write_predictions(path, dataset, paths, labels, scores):
 # ---------------------------------------------------------------- run helpers: drawing ----------------------
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito 2008
+DENSITY = 2  # pixels of a plot per unit of its size, so that text stays sharp in print
 
 
-def write_text(pen, place, text, size, anchor="la", fill="black"):
-    """Draw text at a size in pixels; anchor as in Pillow ("la" left top, "mm" middle, "rm" right middle)."""
-    pen.text(place, str(text), font=ImageFont.load_default(size), anchor=anchor, fill=fill)
+def write_text(pen, place, text, size, anchor="la", fill="black", width=None):
+    """Draw text at a size in pixels, smaller if it would be wider than `width`; anchor as in Pillow ("la"
+    left top, "mm" middle, "rm" right middle)."""
+    widest = max(map(ImageFont.load_default(size).getlength, str(text).split("\n")))
+    if width and widest > width:
+        size = max(size * width / widest, size / 2)
+    pen.text(place, str(text), font=ImageFont.load_default(size), anchor=anchor, fill=fill, align="center"
+             if anchor[0] == "m" else "left")
 
 
-def ticks(low, high, most=5):
-    """Round numbers that cover low to high."""
+def ticks(low, high, most=5, whole=False):
+    """Round numbers that cover low to high; `whole`: no fractions."""
     step = 10 ** math.floor(math.log10(max(high - low, 1e-12) / most))
     step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= most)
+    step = max(step, 1) if whole else step
     return [round(step * i, 10) for i in range(math.floor(low / step + 1e-9),
                                                math.ceil(high / step - 1e-9) + 1)]
 
 
-def draw_plot(path, panels, size=(640, 480)):
-    """Draw panels side by side into a PNG. A panel is a dict: title, xlabel, ylabel, series, optional xnames
-    (text under x = 0, 1, ...) and ylim. A series: label, x, y, optional error (half length), kind "line",
-    "points", "bars" or "dashed", colour (an index into COLOURS). Points whose y is None or NaN are left
-    out."""
-    width, height = size
-    picture = Image.new("RGB", (width * len(panels), height), "white")
-    pen = ImageDraw.Draw(picture)
+def draw_marker(pen, x, y, radius, colour, shape):
+    """A filled circle, square, triangle or diamond (shape 0 to 3) around (x, y)."""
+    r = radius
+    if shape % 4 == 0:
+        pen.ellipse([x - r, y - r, x + r, y + r], fill=colour)
+    else:
+        corners = [[(-r, -r), (r, -r), (r, r), (-r, r)], [(0, -1.3 * r), (1.2 * r, r), (-1.2 * r, r)],
+                   [(0, -1.4 * r), (1.4 * r, 0), (0, 1.4 * r), (-1.4 * r, 0)]][shape % 4 - 1]
+        pen.polygon([(x + a, y + b) for a, b in corners], fill=colour)
+
+
+def draw_line(pen, places, colour, width, dash=None):
+    """A line through places [(x, y)], with dashes of `dash` pixels if given."""
+    if not dash:
+        return pen.line(places, fill=colour, width=width, joint="curve")
+    for (a, b), (c, d) in zip(places, places[1:]):
+        pieces = max(1, int(math.hypot(c - a, d - b) / dash))
+        for s, t in ((i / pieces, (i + 0.6) / pieces) for i in range(pieces)):
+            pen.line([a + (c - a) * s, b + (d - b) * s, a + (c - a) * t, b + (d - b) * t], colour, width)
+
+
+def draw_series(pen, one, places, errors, colour, unit, base, bar):
+    """A series at places [(x, y)] in pixels, errors [(upper y, lower y)]; bars stand on the height `base`,
+    `bar` = (width, offset) pixels."""
+    kind = one.get("kind", "line")
+    if kind in ("line", "dashed") and len(places) > 1:
+        draw_line(pen, places, colour, 3 * unit, 12 * unit if kind == "dashed" else None)
+    for (x, y), (upper, lower) in zip(places, errors):
+        ink = "black" if kind == "bars" else colour
+        if kind == "bars":
+            x += bar[1]
+            pen.rectangle([x - bar[0] / 2, min(y, base), x + bar[0] / 2, max(y, base)], fill=colour)
+        elif kind == "points" or kind == "line" and len(places) <= 8:
+            draw_marker(pen, x, y, 5 * unit if kind == "line" else 4 * unit, colour, one.get("marker", 0))
+        if upper < lower:
+            pen.line([x, upper, x, lower], fill=ink, width=2 * unit)
+            for end in (upper, lower):
+                pen.line([x - 6 * unit, end, x + 6 * unit, end], fill=ink, width=2 * unit)
+
+
+def draw_legend(pen, series, left, right, top, text, unit):
+    """A sample and a label for each of series [(dict, colour)], in as many rows as they need; returns the
+    height below them."""
+    x, y, sample = left, top, 26 * unit
+    for one, colour in series:
+        wide = sample + 6 * unit + pen.textlength(one["label"], font=ImageFont.load_default(text))
+        if x > left and x + wide > right:
+            x, y = left, y + text * 1.4
+        kind, middle = one.get("kind", "line"), y + text / 2
+        if kind == "bars":
+            pen.rectangle([x + 4 * unit, y + text * 0.1, x + sample, y + text * 0.9], fill=colour)
+        if kind in ("line", "dashed"):
+            draw_line(pen, [(x, middle), (x + sample, middle)], colour, 3 * unit,
+                      8 * unit if kind == "dashed" else None)
+        if kind in ("line", "points"):
+            draw_marker(pen, x + sample / 2, middle, 5 * unit, colour, one.get("marker", 0))
+        write_text(pen, (x + sample + 6 * unit, middle), one["label"], text, "lm")
+        x += wide + 18 * unit
+    return y + text * 1.7 if series else top
+
+
+def draw_panel(picture, panel, text):
+    """One panel of draw_plot over a whole picture, with text of so many pixels."""
+    pen, (width, height), unit, small = ImageDraw.Draw(picture), picture.size, DENSITY, round(text * 0.9)
+    series = []
+    for i, one in enumerate(panel["series"]):
+        errors = [e if isinstance(e, (tuple, list)) else (e or 0, e or 0)
+                  for e in one.get("error") or [0] * len(one["x"])]
+        points = [(x, y, *e) for x, y, e in zip(one["x"], one["y"], errors) if y is not None and y == y]
+        series.append((one, points, COLOURS[one.get("colour", i) % len(COLOURS)]))
+    every = [p for _, points, _ in series for p in points] or [(0, 0, 0, 0), (1, 1, 0, 0)]
+    bars, names = [one for one, _, _ in series if one.get("kind") == "bars"], panel.get("xnames")
+    low, high = panel.get("ylim") or (min(p[1] - p[2] for p in every), max(p[1] + p[3] for p in every))
+    ys = ticks(min(low, 0) if bars else low, high if high > low else low + 1)
+    xs = [p[0] for p in every] + ([-0.5, len(names) - 0.5] if names else [])
+    x0, x1 = min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1
+    marks = list(enumerate(names)) if names else [
+        (x, f"{x:g}") for x in ticks(x0, x1, whole=all(x == int(x) for x in xs)) if x0 <= x <= x1]
+    if not names:  # room for the points at the ends
+        x0, x1 = x0 - 0.04 * (x1 - x0), x1 + 0.04 * (x1 - x0)
+
+    labels = [f"{y:g}" for y in ys]
+    left = 2 * text + max(map(ImageFont.load_default(small).getlength, labels)) + 10 * unit
+    right, bottom = width - text, height - 3.1 * text
+    write_text(pen, ((left + right) / 2, text * 0.4), panel.get("title", ""), round(text * 1.1), "ma",
+               width=width - text)
+    top = draw_legend(pen, [(one, colour) for one, _, colour in series] if len(series) > 1 else [],
+                      left, width, text * 2, small, unit) + text * 0.4
+    across = lambda x: left + (x - x0) / (x1 - x0) * (right - left)  # noqa: E731
+    up = lambda y: bottom - (y - ys[0]) / (ys[-1] - ys[0]) * (bottom - top)  # noqa: E731
+    for y, label in zip(ys, labels):
+        pen.line([left, up(y), right, up(y)], fill="#dddddd", width=unit)
+        write_text(pen, (left - 8 * unit, up(y)), label, small, "rm")
+    space = (right - left) / max(len(marks), 1) * 0.94
+    for x, label in marks:
+        pen.line([across(x), bottom, across(x), bottom + 5 * unit], fill="black", width=unit)
+        write_text(pen, (across(x), bottom + 8 * unit), label, small, "ma", width=space)
+    slot = (right - left) / (x1 - x0) * 0.8 / max(len(bars), 1)
+    for i, (one, points, colour) in enumerate(series):
+        draw_series(pen, one, [(across(p[0]), up(p[1])) for p in points],
+                    [(up(p[1] + p[3]), up(p[1] - p[2])) for p in points], colour, unit, up(max(ys[0], 0)),
+                    (slot * 0.92, (i - (len(bars) - 1) / 2) * slot))
+    pen.line([left, top, left, bottom, right, bottom], fill="black", width=2 * unit)
+    write_text(pen, ((left + right) / 2, height - text * 0.3), panel.get("xlabel", ""), text, "md",
+               width=width - text)
+    label = Image.new("RGB", (height, round(text * 1.4)), "white")
+    middle = height - (top + bottom) / 2, text * 0.1
+    write_text(ImageDraw.Draw(label), middle, panel.get("ylabel", ""), text, "ma", width=height - text)
+    picture.paste(label.rotate(90, expand=True), (round(text * 0.3), 0))
+
+
+def draw_plot(path, panels, size=(640, 480), columns=3, text=17):
+    """Draw panels, `columns` a row, into a PNG. A panel is a dict: title, xlabel, ylabel, series, optional
+    xnames (text under x = 0, 1, ...) and ylim. A series: label, x, y, optional error (half length, or (down,
+    up)), kind "line", "points", "bars" or "dashed", colour (an index into COLOURS), marker (0 to 3). Points
+    whose y is None or NaN are left out. size of a panel and text height in units of DENSITY pixels."""
+    (width, height), columns = (n * DENSITY for n in size), min(columns, len(panels))
+    picture = Image.new("RGB", (width * columns, height * math.ceil(len(panels) / columns)), "white")
     for number, panel in enumerate(panels):
-        series = []
-        for i, one in enumerate(panel["series"]):
-            errors = one.get("error") or [0] * len(one["x"])
-            points = [(x, y, e or 0) for x, y, e in zip(one["x"], one["y"], errors)
-                      if y is not None and y == y]
-            series.append((one, points, COLOURS[one.get("colour", i) % len(COLOURS)]))
-        every = [p for _, points, _ in series for p in points] or [(0, 0, 0), (1, 1, 0)]
-        bars = any(one.get("kind") == "bars" for one, _, _ in series)
-        names = panel.get("xnames")
-        xs = [p[0] for p in every] + ([-0.5, len(names) - 0.5] if names else [])
-        low, high = panel.get("ylim") or (min(p[1] - p[2] for p in every), max(p[1] + p[2] for p in every))
-        ys = ticks(min(low, 0) if bars else low, high if high > low else low + 1)
-        x0, x1 = min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1
-        if not names:  # room for the points at the ends
-            x0, x1 = x0 - 0.03 * (x1 - x0), x1 + 0.03 * (x1 - x0)
-        left, right, top, bottom = number * width + 78, (number + 1) * width - 18, 64, height - 62
-        across = lambda x: left + (x - x0) / (x1 - x0) * (right - left)  # noqa: E731
-        up = lambda y: bottom - (y - ys[0]) / (ys[-1] - ys[0]) * (bottom - top)  # noqa: E731
-        for y in ys:
-            pen.line([left, up(y), right, up(y)], fill="#dddddd")
-            write_text(pen, (left - 8, up(y)), f"{y:g}", 15, "rm")
-        marks = list(enumerate(names)) if names else [(x, f"{x:g}") for x in ticks(x0, x1) if x0 <= x <= x1]
-        for x, text in marks:
-            pen.line([across(x), bottom, across(x), bottom + 5], fill="black")
-            write_text(pen, (across(x), bottom + 9), text, 15, "ma")
-        for i, (one, points, colour) in enumerate(series):
-            kind, places = one.get("kind", "line"), [(across(x), up(y)) for x, y, _ in points]
-            if kind == "line" and len(places) > 1:
-                pen.line(places, fill=colour, width=3, joint="curve")
-            for (a, b), (c, d) in zip(places, places[1:]) if kind == "dashed" else []:
-                pieces = max(1, int(math.hypot(c - a, d - b) / 12))
-                for j in range(pieces):
-                    s, t = j / pieces, (j + 0.6) / pieces
-                    pen.line([a + (c - a) * s, b + (d - b) * s, a + (c - a) * t, b + (d - b) * t], colour, 2)
-            for (px, py), (x, y, error) in zip(places, points):
-                if kind == "bars":
-                    wide = (right - left) / (x1 - x0) * 0.8 / len(series)
-                    px += (i - (len(series) - 1) / 2) * wide
-                    pen.rectangle([px - wide * 0.46, min(py, up(0)), px + wide * 0.46, max(py, up(0))],
-                                  fill=colour)
-                elif kind == "points" or len(points) <= 8 and kind == "line":
-                    pen.ellipse([px - 4, py - 4, px + 4, py + 4], fill=colour)
-                if error:
-                    pen.line([px, up(y - error), px, up(y + error)],
-                             fill="black" if kind == "bars" else colour, width=2)
-                    for end in (y - error, y + error):
-                        pen.line([px - 5, up(end), px + 5, up(end)], "black" if kind == "bars" else colour, 2)
-        pen.line([left, top, left, bottom, right, bottom], fill="black", width=2)
-        write_text(pen, ((left + right) / 2, 6), panel.get("title", ""), 18, "ma")
-        write_text(pen, ((left + right) / 2, height - 8), panel.get("xlabel", ""), 16, "md")
-        label = Image.new("RGB", (height, 22), "white")
-        write_text(ImageDraw.Draw(label), (height / 2, 2), panel.get("ylabel", ""), 16, "ma")
-        picture.paste(label.rotate(90, expand=True), (number * width + 2, 0))
-        place = left
-        for one, _, colour in series if len(series) > 1 else []:
-            pen.rectangle([place, 38, place + 16, 48], fill=colour)
-            write_text(pen, (place + 21, 43), one["label"], 15, "lm")
-            place += 36 + pen.textlength(one["label"], font=ImageFont.load_default(15))
+        part = Image.new("RGB", (width, height), "white")
+        draw_panel(part, panel, text * DENSITY)
+        picture.paste(part, (number % columns * width, number // columns * height))
     write_atomic(path, lambda part: picture.save(part, "PNG"))
 
 
 def draw_grid(path, rows, captions=None, row_labels=None, side=160, title=""):
-    """Draw a grid of images (H, W, 1 or 3) uint8, one list a row, each fitted into side x side, into a PNG,
-    with a caption (text, or (text, colour)) under each and a label in front of each row."""
-    margin, caption = (110 if row_labels else 6), (22 if captions else 4)
-    head = 28 if title else 4
-    picture = Image.new("RGB", (margin + max(map(len, rows)) * (side + 6),
-                                head + len(rows) * (side + caption)), "white")
+    """Draw a grid of images (H, W, 1 or 3) uint8, one list a row, each fitted into side x side (twice that
+    below 256), into a PNG, with a caption (text, or (text, colour)) under each and a label in front of each
+    row."""
+    side = side if side >= 256 else 2 * side
+    text, gap = round(side * 0.09), round(side * 0.03)
+    longest = max((ImageFont.load_default(text).getlength(line) for label in row_labels or []
+                   for line in label.split("\n")), default=0)
+    margin = round(longest) + 3 * gap if row_labels else gap
+    below, head = (round(text * 1.6) if captions else gap), (round(text * 1.9) if title else gap)
+    width = margin + max(map(len, rows)) * (side + gap)
+    picture = Image.new("RGB", (width, head + len(rows) * (side + below)), "white")
     pen = ImageDraw.Draw(picture)
-    write_text(pen, (margin, 4), title, 17)
+    write_text(pen, (gap, text * 0.3), title, round(text * 1.1), width=width - 2 * gap)
     for i, row in enumerate(rows):
-        y = head + i * (side + caption)
+        y = head + i * (side + below)
         if row_labels:
-            write_text(pen, (6, y + side / 2), row_labels[i], 15, "lm")
+            write_text(pen, (gap, y + side / 2), row_labels[i], text, "lm")
         for j, pixels in enumerate(row):
+            x = margin + j * (side + gap)
             image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).convert("RGB")
-            picture.paste(ImageOps.pad(image, (side, side), color="white"), (margin + j * (side + 6), y))
-            text = captions[i][j] if captions else ""
-            text, colour = text if isinstance(text, tuple) else (text, "black")
-            write_text(pen, (margin + j * (side + 6) + side / 2, y + side + 3), text, 13, "ma", colour)
+            picture.paste(ImageOps.pad(image, (side, side), color="white"), (x, y))
+            caption = captions[i][j] if captions else ""
+            caption, colour = caption if isinstance(caption, tuple) else (caption, "black")
+            write_text(pen, (x + side / 2, y + side + text * 0.2), caption, text, "ma", colour, side)
     write_atomic(path, lambda part: picture.save(part, "PNG"))
 
 
