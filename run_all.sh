@@ -1,150 +1,295 @@
 #!/usr/bin/env bash
 # The whole study on one dataset; on the built-in demo without arguments. Interrupt it, run it again: it goes on.
 #
-#   bash run_all.sh
-#   DRY_RUN=1 bash run_all.sh                      # the plan: steps, what is done, how long the rest may take
-#   DATASET=folder DATA_DIR=/data/mine ARCHS="resnet50 deit_small" INITS="random imagenet dino" SEEDS="0 1 2 3 4" \
-#     IMAGE_SIZE=224 EPOCHS=50 DINO_EPOCHS=100 FINETUNE_FLAGS= NPROC=4 bash run_all.sh
-set -uo pipefail
-cd "$(dirname "$0")"
+#   bash run_all.sh                                              # the demo: minutes on a laptop
+#   DRY_RUN=1 bash run_all.sh                                    # the plan: steps, what is done, time left
+#   DATASET=folder DATA_DIR=/data/mine NPROC=4 bash run_all.sh   # the paper's settings on your images
+#
+# All settings are environment variables; lists and flags are separated by blanks.
+set -ufo pipefail
+from=$PWD
+cd "$(dirname "$0")" || exit 2
 
-DATASET=${DATASET:-demo}                     # as --dataset
-DATA_DIR=${DATA_DIR:-}                       # as --data-dir
-DATA_FLAGS=${DATA_FLAGS:-}                   # further data flags: "--label-column diagnosis --split-column split"
-ARCHS=${ARCHS:-resnet18 deit_tiny}           # the paper's: resnet50 deit_small
-CAPACITY=${CAPACITY-resnet50 deit_small}     # further ones for the capacity figure, fine-tuned from CAPACITY_INITS
-CAPACITY_INITS=${CAPACITY_INITS:-random}
-INITS=${INITS:-random dino}                  # the paper's: random imagenet dino (dino: pretrained here, on DATASET)
-DINO_INIT=${DINO_INIT:-random}               # what pretraining starts from; the paper's: imagenet
-SEEDS=${SEEDS:-0}                            # the paper's: 0 1 2 3 4
-IMAGE_SIZE=${IMAGE_SIZE:-64}                 # the paper's: 224
-EPOCHS=${EPOCHS:-8}                          # of fine-tuning; the paper's: until validation stops improving
-DINO_EPOCHS=${DINO_EPOCHS:-4}
-SEGMENT_EPOCHS=${SEGMENT_EPOCHS:-5}
-SEGMENT_INITS=${SEGMENT_INITS:-random}       # of INITS
-SEGMENT=${SEGMENT:-$([ "$DATASET" = demo ] && echo 1 || echo 0)}  # 1: segmentation as well (needs masks)
-CLASSIFY=${CLASSIFY:-1}                      # 0: the dataset has masks only
-FINETUNE_FLAGS=${FINETUNE_FLAGS---lr 1e-3}   # from random weights on few images; empty for the paper's 1e-4
-DINO_FLAGS=${DINO_FLAGS:-}
-KNN_FLAGS=${KNN_FLAGS:-}
-SEGMENT_FLAGS=${SEGMENT_FLAGS---lr 5e-4 --output-stride 16 --limit 300}  # the paper's stride is 8
-SALIENCY_FLAGS=${SALIENCY_FLAGS:---images 6}
-ATTENTION_FLAGS=${ATTENTION_FLAGS:-}
-RUNS=${RUNS:-runs/$DATASET}                  # where the run folders go
-NPROC=${NPROC:-1}                            # processes (GPUs) per machine, by torchrun
-NNODES=${NNODES:-1}                          # machines; start the same command on each, with
-RDZV=${RDZV:-localhost:29500}                # the first machine's host:port
-DRY_RUN=${DRY_RUN:-0}
+DATASET=${DATASET:-demo}   # as --dataset
+DATA_DIR=${DATA_DIR:-}     # as --data-dir
+DATA_FLAGS=${DATA_FLAGS:-} # further data flags: "--label-column diagnosis --split-column split"
+RUNS=${RUNS:-$PWD/runs/$DATASET}  # where the run folders go
+case ${DATA_DIR:-/} in /*) ;; *) DATA_DIR=$from/$DATA_DIR ;; esac
+case $RUNS in /*) ;; *) RUNS=$from/$RUNS ;; esac
+RUNS=${RUNS#"$PWD/"} DATA_DIR=${DATA_DIR#"$PWD/"}
 
-# ---- Python with the packages of requirements.txt: the active one, or .venv
+has_masks=0 has_classes=1  # where segmentation and classification are to be had
+case $DATASET in
+  demo) has_masks=1 ;;
+  isic2018|csaws) has_masks=1 has_classes=0 ;;
+  folder|csv)
+    if [ -d "$DATA_DIR/masks" ] || [ -d "$DATA_DIR/train/masks" ]; then
+      has_masks=1
+      [ "$DATASET" = csv ] || has_classes=0
+    fi ;;
+esac
+usual_inits="random imagenet dino"
+[ "$has_classes$DATASET" = 0folder ] && usual_inits="random imagenet"  # pretraining reads classes or a CSV
+
+default() {  # default VARIABLE DEMO OTHER: DEMO on the demo, OTHER on any other dataset, unless the variable is set
+  local value=$3
+  [ "$DATASET" = demo ] && value=$2
+  [ -n "${!1+set}" ] || printf -v "$1" %s "$value"
+}
+#       variable         the demo's               all others': the paper's
+default ARCHS           "resnet18 deit_tiny"     "resnet50 deit_small"
+default INITS           "random dino"            "$usual_inits"  # dino: pretrained here, on DATASET's own images
+default SEEDS           "0"                      "0 1 2 3 4"
+default IMAGE_SIZE      64                       224             # pixels
+default EPOCHS          8                        50              # of fine-tuning
+default CAPACITY        "resnet50 deit_small"    "resnet18 resnet152 deit_tiny deit_base"  # capacity series, + ARCHS
+default CAPACITY_INITS  "random"                 "random imagenet"
+default DINO_EPOCHS     4                        100
+default DINO_INIT       "random"                 "auto"  # auto: imagenet if all its weights can be had, else random
+default DINO_PER_SEED   0                        0       # 1: each seed has its own pretraining; 0: all share one
+default SEGMENT         "$has_masks"             "$has_masks"    # 1: segmentation (needs masks)
+default CLASSIFY        "$has_classes"           "$has_classes"  # 0: the dataset has masks only
+default SEGMENT_INITS   "random"                 "$INITS"
+default SEGMENT_EPOCHS  5                        50
+default FINETUNE_FLAGS  "--lr 1e-3"              ""      # from random weights on few images; the paper's is 1e-4
+default DINO_FLAGS      ""                       ""
+default KNN_FLAGS       ""                       ""
+default SEGMENT_FLAGS   "--lr 5e-4 --output-stride 16 --limit 300"  ""
+default SALIENCY_FLAGS  "--images 4"             "--images 4"
+default ATTENTION_FLAGS ""                       ""
+default NPROC           1                        1       # processes (GPUs) per machine, by torchrun
+default NNODES          1                        1       # machines: start the same command on each, with
+default RDZV            localhost:29500          localhost:29500   # the first machine's host:port, and
+default NODE            "${SLURM_NODEID:-0}"     "${SLURM_NODEID:-0}"  # this machine's number; RUNS is shared
+default DRY_RUN         0                        0
+variables="DATASET DATA_DIR DATA_FLAGS RUNS ARCHS INITS SEEDS IMAGE_SIZE EPOCHS CAPACITY CAPACITY_INITS DINO_EPOCHS
+  DINO_INIT DINO_PER_SEED SEGMENT CLASSIFY SEGMENT_INITS SEGMENT_EPOCHS FINETUNE_FLAGS DINO_FLAGS KNN_FLAGS
+  SEGMENT_FLAGS SALIENCY_FLAGS ATTENTION_FLAGS NPROC NNODES"
+
+# ---- mistakes that can be seen before anything starts
+refuse() { echo "error: $*" >&2; exit 2; }
+holds() { case " $1 " in *" $2 "*) true ;; *) false ;; esac; }  # holds LIST WORD
+for name in ARCHS INITS SEEDS; do
+  [ -n "${!name// /}" ] || refuse "$name is empty; leave it out for the default, or name at least one"
+done
+for name in SEEDS IMAGE_SIZE EPOCHS DINO_EPOCHS SEGMENT_EPOCHS NPROC NNODES NODE; do
+  case ${!name// /} in ''|*[!0-9]*) refuse "$name=${!name}: expected whole numbers" ;; esac
+done
+for name in $INITS $CAPACITY_INITS $SEGMENT_INITS; do
+  holds "random imagenet imagenet-dino dino" "$name" ||
+    refuse "INITS, CAPACITY_INITS, SEGMENT_INITS: $name is none of random, imagenet, imagenet-dino, dino"
+  [ "$name" != dino ] || holds "$INITS" dino || refuse "dino has to be in INITS as well: that makes its weights"
+done
+holds "$CAPACITY_INITS" dino && refuse "CAPACITY_INITS: dino is pretrained for ARCHS only; name them there"
+holds "$INITS" dino && [ "$usual_inits" = "random imagenet" ] && refuse "INITS: DINO reads a folder per class or a" \
+  "CSV, and $DATA_DIR has images/ and masks/; leave dino out, or add a CSV and take DATASET=csv SEGMENT=1"
+holds "auto random imagenet imagenet-dino" "$DINO_INIT" ||
+  refuse "DINO_INIT=$DINO_INIT: expected auto, random, imagenet or imagenet-dino"
+
+# ---- Python with the packages of requirements.txt: the active one, or .venv; then the names of ARCHS and DATASET
 PYTHON=${PYTHON:-python3}
-needed="import torch, torchvision, timm, numpy, PIL, tqdm"
-if ! "$PYTHON" -c "$needed" 2>/dev/null; then
+command -v "$PYTHON" > /dev/null || refuse "PYTHON=$PYTHON: there is no such program; Python 3.10 or newer is needed"
+check='
+import sys
+if sys.version_info < (3, 10):
+    sys.exit(f"error: this is Python {sys.version.split()[0]}, and 3.10 or newer is needed; set PYTHON=/path/to/it")
+try:
+    import torch, torchvision, timm, numpy, PIL, tqdm
+except Exception:
+    sys.exit(3)
+import common
+dataset, *archs = sys.argv[1:]
+if dataset not in common.INDEX:
+    sys.exit(f"error: DATASET={dataset} is none of " + ", ".join(common.INDEX))
+unknown = [arch for arch in archs if not timm.is_model(common.ARCHS.get(arch, arch).split(".")[0])]
+if unknown:
+    sys.exit(f"error: ARCHS, CAPACITY: {unknown[0]} is none of " + ", ".join(common.ARCHS) + ", nor a model of timm")
+'
+"$PYTHON" -c "$check" "$DATASET" $ARCHS $CAPACITY
+code=$?
+if [ $code = 3 ] && [ "$DRY_RUN" = 1 ]; then
+  echo "note: would first install requirements.txt into .venv"
+elif [ $code = 3 ]; then
   [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv || exit 2
-  PYTHON=.venv/bin/python
-  if ! "$PYTHON" -c "$needed" 2>/dev/null; then
+  PYTHON=$PWD/.venv/bin/python
+  if ! "$PYTHON" -c "import torch, torchvision, timm, numpy, PIL, tqdm" 2>/dev/null; then
     echo "installing requirements.txt into .venv"
     "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements.txt || exit 2
   fi
+  "$PYTHON" -c "$check" "$DATASET" $ARCHS $CAPACITY || exit 2
+elif [ $code != 0 ]; then
+  exit 2
 fi
 
-# ---- the plan: a name, the run folder or file it makes, what must be there first, and the command
-names=() outputs=() needs=() commands=()
-step() {  # step NAME OUTPUT NEEDS COMMAND...
-  names+=("$1") outputs+=("$2") needs+=("$3")
-  shift 3
-  commands+=("$*")
-}
+[ "$DATASET" = demo ] || [ -d "$DATA_DIR" ] ||
+  refuse "DATASET=$DATASET needs DATA_DIR, the folder with the images; there is none at '$DATA_DIR'"
 
-data="--dataset $DATASET ${DATA_DIR:+--data-dir $DATA_DIR} $DATA_FLAGS --image-size $IMAGE_SIZE"
+# ---- ImageNet weights: no stage shall wait for a network that is not there; DINO_INIT=auto is settled once for all
 set -- $SEEDS
 first_seed=$1
-start_from() {  # start_from INIT ARCH: what --init takes
-  [ "$1" = dino ] && echo "$RUNS/dino-$2/model.pt" || echo "$1"
+dino_run() {  # dino_run ARCH SEED: the folder of the pretraining that this seed uses
+  [ "$DINO_PER_SEED" = 1 ] && echo "$RUNS/dino-$1-s$2" || echo "$RUNS/dino-$1"
 }
-wanted_file() {  # the file that has to be there before INIT can be used
-  [ "$1" = dino ] && echo "$RUNS/dino-$2/metrics.json" || echo ""
+reach='import os, urllib.request as r; r.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5)'
+load='import sys, common; [common.published_weights(arch, "imagenet") for arch in sys.argv[1:]]'
+case " $INITS $CAPACITY_INITS $SEGMENT_INITS $(holds "$INITS" dino && echo "$DINO_INIT") " in
+  *imagenet*|*auto*)
+    if [ "$DRY_RUN" != 1 ] && [ -z "${HF_HUB_OFFLINE:-}" ] && ! "$PYTHON" -c "$reach" 2>/dev/null; then
+      export HF_HUB_OFFLINE=1
+      echo "note: no way to huggingface.co from here; ImageNet weights are used where they are on this machine"
+    fi ;;
+esac
+if [ "$DINO_INIT" = auto ] && holds "$INITS" dino; then
+  for arch in $ARCHS; do  # what an earlier start settled
+    file=$(dino_run "$arch" "$first_seed")/args.json
+    [ -f "$file" ] && DINO_INIT=$(sed -n 's/^ *"init": "\([a-z-]*\)".*/\1/p' "$file" | head -n 1) && break
+  done
+  if [ "$DINO_INIT" = auto ] && [ "$DRY_RUN" = 1 ]; then
+    echo "note: DINO starts from imagenet if its weights for $ARCHS can be had, else from random (DINO_INIT=auto)"
+    DINO_INIT=imagenet
+  elif [ "$DINO_INIT" = auto ]; then
+    "$PYTHON" -c "$load" $ARCHS > /dev/null 2>&1 && DINO_INIT=imagenet || DINO_INIT=random
+    echo "note: DINO starts from $DINO_INIT (DINO_INIT=auto)"
+  fi
+fi
+
+# ---- the plan: a name, the run folder or picture it makes, the files that must be there first, and the command
+names=() outputs=() needs=() commands=()
+quoted() {  # quoted WORD...: as Python's shlex.join, and so args.json, writes them
+  local LC_ALL=C word text="" mark="'\"'\"'"
+  for word in "$@"; do
+    case $word in ''|*[!a-zA-Z0-9@%+=:,./_-]*) word="'${word//\'/$mark}'" ;; esac
+    text="$text $word"
+  done
+  printf '%s' "${text# }"
 }
-for arch in $ARCHS; do
-  case " $INITS " in *" dino "*)
-    step "dino-$arch" "$RUNS/dino-$arch" "" pretrain_dino.py $data --arch "$arch" --init "$DINO_INIT" \
-      --seed "$first_seed" --epochs "$DINO_EPOCHS" $DINO_FLAGS --output "$RUNS/dino-$arch" ;;
-  esac
+step() {  # step NAME OUTPUT NEEDS COMMAND...  (NEEDS: a file a line)
+  holds "${names[*]-}" "$1" && return
+  names+=("$1") outputs+=("$2") needs+=("$3")
+  shift 3
+  commands+=("$(quoted "$@")")
+}
+per_model() {  # per_model STAGE ARCH INIT SEED COMMAND...: a step that starts a model of ARCH from INIT
+  local name=$1-$2-$3-s$4 arch=$2 init=$3 seed=$4 need=""
+  shift 4
+  if [ "$init" = dino ]; then
+    init=$(dino_run "$arch" "$seed")/model.pt
+    need=${init%/model.pt}/metrics.json
+  fi
+  step "$name" "$RUNS/$name" "$need" "$@" --arch "$arch" --init "$init" --seed "$seed" --output "$RUNS/$name"
+}
+data=(--dataset "$DATASET" ${DATA_DIR:+--data-dir "$DATA_DIR"} $DATA_FLAGS --image-size "$IMAGE_SIZE")
+tuned="" vits="" end=$'\n'
+for seed in $SEEDS; do
+  for arch in $ARCHS; do
+    folder=$(dino_run "$arch" "$seed")
+    holds "$INITS" dino && step "${folder##*/}" "$folder" "" pretrain_dino.py "${data[@]}" --arch "$arch" \
+      --init "$DINO_INIT" --seed "$seed" --epochs "$DINO_EPOCHS" $DINO_FLAGS --output "$folder"
+  done
 done
-tuned=() vits=()
-if [ "$CLASSIFY" = 1 ]; then
-  for seed in $SEEDS; do
-    for init in $INITS; do
-      for arch in $ARCHS; do
-        name=finetune-$arch-$init-s$seed
-        step "$name" "$RUNS/$name" "$(wanted_file "$init" "$arch")" finetune.py $data --arch "$arch" \
-          --init "$(start_from "$init" "$arch")" --seed "$seed" --epochs "$EPOCHS" $FINETUNE_FLAGS --output "$RUNS/$name"
-        if [ "$seed" = "$first_seed" ]; then
-          tuned+=("$RUNS/$name")
-          case $arch in *vit*|*deit*) vits+=("$RUNS/$name") ;; esac
-          name=knn-$arch-$init-s$seed
-          step "$name" "$RUNS/$name" "$(wanted_file "$init" "$arch")" knn_eval.py $data --arch "$arch" \
-            --init "$(start_from "$init" "$arch")" --seed "$seed" $KNN_FLAGS --output "$RUNS/$name"
-        fi
-      done
-    done
-    for init in $CAPACITY_INITS; do
-      for arch in $CAPACITY; do
-        name=finetune-$arch-$init-s$seed
-        step "$name" "$RUNS/$name" "" finetune.py $data --arch "$arch" --init "$init" --seed "$seed" \
-          --epochs "$EPOCHS" $FINETUNE_FLAGS --output "$RUNS/$name"
-      done
+for seed in $SEEDS; do
+  [ "$CLASSIFY" = 1 ] || break
+  for init in $INITS; do
+    for arch in $ARCHS; do
+      per_model finetune "$arch" "$init" "$seed" finetune.py "${data[@]}" --epochs "$EPOCHS" $FINETUNE_FLAGS
+      # k-NN trains nothing: a seed matters where it makes other weights
+      case $seed:$init:$DINO_PER_SEED in
+        $first_seed:*|*:random:*|*:dino:1)
+          per_model knn "$arch" "$init" "$seed" knn_eval.py "${data[@]}" $KNN_FLAGS ;;
+      esac
+      if [ "$seed" = "$first_seed" ]; then
+        file=$RUNS/finetune-$arch-$init-s$seed/metrics.json
+        tuned=$tuned$file$end
+        case $arch in *vit*|*deit*) vits=$vits$file$end ;; esac
+      fi
     done
   done
-fi
+  for init in $CAPACITY_INITS; do
+    for arch in $CAPACITY; do
+      per_model finetune "$arch" "$init" "$seed" finetune.py "${data[@]}" --epochs "$EPOCHS" $FINETUNE_FLAGS
+    done
+  done
+done
 if [ "$SEGMENT" = 1 ]; then
+  masks=("${data[@]}")
+  [ "$DATASET" != csv ] || masks[1]=folder  # images/ and masks/ beside the CSV
   for seed in $SEEDS; do
     for init in $SEGMENT_INITS; do
       for arch in $ARCHS; do
-        name=segment-$arch-$init-s$seed
-        step "$name" "$RUNS/$name" "$(wanted_file "$init" "$arch")" segment.py $data --arch "$arch" \
-          --init "$(start_from "$init" "$arch")" --seed "$seed" --epochs "$SEGMENT_EPOCHS" $SEGMENT_FLAGS --output "$RUNS/$name"
+        per_model segment "$arch" "$init" "$seed" segment.py "${masks[@]}" --epochs "$SEGMENT_EPOCHS" $SEGMENT_FLAGS
       done
     done
   done
   set -- $ARCHS
   if [ $# -ge 2 ]; then
-    last_init=${SEGMENT_INITS##* }
-    a=$RUNS/segment-$1-$last_init-s$first_seed b=$RUNS/segment-$2-$last_init-s$first_seed
-    step comparison "$RUNS/comparison.png" "$a/metrics.json $b/metrics.json" segment.py --compare "$a" "$b" \
-      --output "$RUNS/comparison.png"
+    a=$RUNS/segment-$1-${SEGMENT_INITS##* }-s$first_seed b=$RUNS/segment-$2-${SEGMENT_INITS##* }-s$first_seed
+    name=comparison-$1-$2
+    step "$name" "$RUNS/$name.png" "$a/metrics.json$end$b/metrics.json$end" segment.py --compare "$a" "$b" \
+      --output "$RUNS/$name.png"
   fi
 fi
-if [ ${#tuned[@]} -gt 0 ]; then
-  step saliency "$RUNS/saliency" "${tuned[*]/%//metrics.json}" saliency.py --runs ${tuned[*]} $data $SALIENCY_FLAGS \
-    --output "$RUNS/saliency"
-fi
-if [ ${#vits[@]} -gt 0 ]; then
-  step attn_distance "$RUNS/attn_distance" "${vits[*]/%//metrics.json}" attn_distance.py --runs ${vits[*]} $data \
-    $ATTENTION_FLAGS --output "$RUNS/attn_distance"
-fi
+look() {  # look STAGE FILES FLAGS...: a step that looks at several runs, and is made anew when they change
+  local stage=$1 files=$2 file runs=()
+  shift 2
+  [ -n "$files" ] || return
+  while IFS= read -r file; do [ -n "$file" ] && runs+=("${file%/metrics.json}"); done <<< "$files"
+  step "$stage" "$RUNS/$stage" "$files" "$stage.py" --runs "${runs[@]}" "${data[@]}" "$@" --overwrite \
+    --output "$RUNS/$stage"
+}
+look saliency "$tuned" $SALIENCY_FLAGS
+look attn_distance "$vits" $ATTENTION_FLAGS
+count=${#names[@]}
+[ "$count" -gt 0 ] || refuse "nothing to do: CLASSIFY=$CLASSIFY and SEGMENT=$SEGMENT"
 
-# ---- what is done, and how long the rest may take: the mean of the finished steps of the same script
+# ---- what is done, and how long the rest may take
+json=()  # the commands as args.json has them
+while IFS= read -r line; do json+=("$line"); done < <(printf '%s\0' "${commands[@]}" | "$PYTHON" -c \
+  'import json, sys; print(*map(json.dumps, sys.stdin.read().split("\0")[:-1]), sep="\n")')
+
 finished() {  # finished I: its output is there, made by this very command
+  local last=${outputs[$1]}/metrics.json file
   case ${outputs[$1]} in
-    *.png) [ -s "${outputs[$1]}" ] ;;
-    *) [ -f "${outputs[$1]}/metrics.json" ] && grep -qF "\"command\": \"${commands[$1]}\"" "${outputs[$1]}/args.json" ;;
+    *.png) last=${outputs[$1]%.png}.json ;;
+    *) grep -qsF "\"command\": ${json[$1]}," "${outputs[$1]}/args.json" || return 1 ;;
   esac
+  [ -s "$last" ] || return 1
+  case ${commands[$1]} in *" --overwrite "*|*" --compare "*)
+    while IFS= read -r file; do [ "$file" -nt "$last" ] && return 1; done <<< "${needs[$1]}" ;;
+  esac
+  return 0
+}
+settle() {  # settle I: a step that looks at several runs does without those that failed
+  local file kept=""
+  case ${commands[$1]} in *" --runs "*) ;; *) return ;; esac
+  while IFS= read -r file; do
+    [ -f "$file" ] && kept=$kept$file$end && continue
+    file=" $(quoted "${file%/metrics.json}") "
+    commands[$1]=${commands[$1]/"$file"/ }
+  done <<< "${needs[$1]}"
+  [ -n "$kept" ] || return
+  needs[$1]=$kept
+  json[$1]=$("$PYTHON" -c 'import json, sys; print(json.dumps(sys.argv[1]))' "${commands[$1]}")
 }
 clock() { printf '%d:%02d:%02d' $(($1 / 3600)) $(($1 / 60 % 60)) $(($1 % 60)); }
-remaining() {  # remaining FROM: seconds that the unfinished steps may take, "unknown" before anything was measured
-  local i script total=0 known=0
-  for ((i = $1; i < ${#names[@]}; i++)); do
-    finished "$i" && continue
-    script=${commands[$i]%% *}
-    if [ -s "$RUNS/logs/seconds" ]; then
-      known=$(awk -v s="$script" '$1 == s {n++; t += $2} {m++; a += $2} END {print int(n ? t / n : a / m)}' "$RUNS/logs/seconds")
-      total=$((total + known))
-    fi
-  done
-  if [ -s "$RUNS/logs/seconds" ]; then echo "about $(clock $total)"; else echo unknown; fi
+kind() {  # kind I: its script and architecture
+  local arch="-"
+  case ${commands[$1]} in *" --arch "*) arch=${commands[$1]#* --arch } arch=${arch%% *} ;; esac
+  printf '%s %s' "${commands[$1]%% *}" "$arch"
 }
-count=${#names[@]}
+# logs/steps.tsv: name, script and architecture, exit code, seconds (- if it did not start from nothing), last words
+remaining() {  # remaining FROM: the unfinished steps, each as long as the mean of its like so far
+  local i
+  for ((i = $1; i < count; i++)); do finished "$i" || { kind "$i"; echo; }; done |
+    awk -F'\t' -v file="$RUNS/logs/steps.tsv" '
+      BEGIN {
+        while ((getline < file) > 0) if (NF == 5 && $3 == "0" && $4 ~ /^[0-9]+$/) {
+          split($2, word, " ")
+          n[$2]++; sum[$2] += $4; n[word[1]]++; sum[word[1]] += $4; all++; total += $4
+        }
+      }
+      { split($0, word, " "); k = n[$0] ? $0 : word[1]; left += n[k] ? sum[k] / n[k] : all ? total / all : 0 }
+      END { if (all || !NR) print int(left) }' | { read -r left && echo "about $(clock "$left")" || echo unknown; }
+}
 if [ "$DRY_RUN" = 1 ]; then
   for ((i = 0; i < count; i++)); do
     finished "$i" && state=done || state=todo
@@ -154,55 +299,93 @@ if [ "$DRY_RUN" = 1 ]; then
   exit 0
 fi
 
-# ---- one at a time: a second copy on the same folder says who holds it
-mkdir -p "$RUNS/logs" || exit 2
+# ---- one study at a time in a folder. A step inherits the lock: it holds on if this script alone is killed
+host=$(hostname)
+mkdir -p "$RUNS/logs" 2>/dev/null && { true >> "$RUNS/logs/steps.tsv"; } 2>/dev/null ||
+  refuse "RUNS=$RUNS cannot be written"
 if [ "$NNODES" = 1 ]; then
   exec 9>>"$RUNS/.lock"
-  if ! "$PYTHON" -c "import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)" 2>/dev/null; then
-    echo "error: $RUNS is in use by process $(tail -n 1 "$RUNS/.lock"); wait for it, or set RUNS to another folder" >&2
-    exit 2
-  fi
-  echo $$ >> "$RUNS/.lock"
+  for try in 1 2 3 4 5 6; do
+    "$PYTHON" -c "import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)" 2>/dev/null && break
+    read -r where script child name < "$RUNS/.lock"
+    if [ "${where:-}" != "$host" ] || kill -0 "${script:-0}" 2>/dev/null; then
+      refuse "$RUNS is in use by process ${script:-?} on ${where:-?}, at ${name:-its start}; wait for it, or set RUNS" \
+        "to another folder"
+    elif kill -0 "$child" 2>/dev/null; then
+      refuse "$RUNS is in use: run_all.sh is gone, but its step $name still runs as process $child; wait for it, or" \
+        "end it with: kill $child"
+    fi
+    [ "$try" = 6 ] && refuse "$RUNS is still in use by what process ${child:-?} on $host left behind; try again soon"
+    sleep 1  # the workers of a killed step end by themselves
+  done
+  echo "$host $$ $$ its start" > "$RUNS/.lock"
 fi
-trap 'echo; echo "interrupted; bash run_all.sh goes on from here"; exit 130' INT TERM
+child=""
+stop() {  # stop SIGNAL CODE: end the step, which keeps its last finished epoch
+  trap '' INT TERM
+  [ -n "$child" ] && kill "-$1" "$child" 2>/dev/null && wait "$child"
+  echo; echo "interrupted; the same command goes on from here"
+  exit "$2"
+}
+trap 'stop INT 130' INT
+trap 'stop TERM 143' TERM
+for name in $variables; do printf '%s=%s ' "$name" "$(quoted "${!name}")"; done > "$RUNS/logs/settings"
+echo "bash run_all.sh" >> "$RUNS/logs/settings"
 
+# a shell starts its background processes deaf to Ctrl-C; this one makes them hear again
+start='import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])'
 begin=$SECONDS failed=()
+record() { printf '%s\t%s\t%s\t%s\t%s\n' "$name" "$(kind "$i")" "$1" "$2" "$3" >> "$RUNS/logs/steps.tsv"; }
 for ((i = 0; i < count; i++)); do
   name=${names[$i]} log=$RUNS/logs/${names[$i]}.log
   head="[$((i + 1))/$count, $(clock $((SECONDS - begin))) elapsed"
+  settle "$i"
   if finished "$i"; then
     echo "$head] $name: complete"
     continue
   fi
-  for file in ${needs[$i]}; do
-    if [ ! -f "$file" ]; then
+  while IFS= read -r file; do
+    if [ -n "$file" ] && [ ! -f "$file" ]; then
       echo "$head] $name: left out, $file is missing"
       failed+=("$name: left out, $file is missing")
+      record "left out" - "$file is missing"
       continue 2
     fi
-  done
-  echo "$head, remaining $(remaining "$i")] $name"
-  started=$SECONDS
-  # only training and features gain from several processes; the other stages are single-process
-  case "$NPROC$NNODES ${commands[$i]}" in
-    11\ *|*\ --compare*|*\ saliency.py*) launch=("$PYTHON") ;;
-    *) launch=("$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --nproc_per_node "$NPROC")
-       [ "$NNODES" = 1 ] && launch+=(--standalone) || launch+=(--rdzv_backend c10d --rdzv_endpoint "$RDZV") ;;
+  done <<< "${needs[$i]}"
+  launch=("$PYTHON")  # training and features gain from several processes; the other stages take one
+  case "$NPROC:$NNODES:${commands[$i]}" in
+    1:1:*) ;;
+    *" --compare "*|*:saliency.py*) [ "$NODE" = 0 ] || continue ;;
+    *) launch+=(-m torch.distributed.run --nnodes "$NNODES" --nproc_per_node "$NPROC")
+       [ "$NNODES" = 1 ] && launch+=(--standalone) || launch+=(--rdzv_backend c10d --rdzv_endpoint "$RDZV")
+       [ "$NODE" = 0 ] || log=$RUNS/logs/$name-node$NODE.log ;;
   esac
-  if "${launch[@]}" ${commands[$i]} > "$log" 2>&1; then
-    echo "${commands[$i]%% *} $((SECONDS - started))" >> "$RUNS/logs/seconds"
+  printf '%s, remaining %s] %s: ' "$head" "$(remaining "$i")" "$name"
+  started=$SECONDS whole=1
+  [ -e "${outputs[$i]}" ] && whole=0  # goes on where it stopped: its seconds say nothing about the next
+  eval "words=(${commands[$i]})"
+  echo "\$ ${launch[*]} ${commands[$i]}" >> "$log"
+  "$PYTHON" -c "$start" "${launch[@]}" "${words[@]}" < /dev/null >> "$log" 2>&1 &
+  child=$!
+  [ "$NNODES" != 1 ] || echo "$host $$ $child $name" > "$RUNS/.lock"
+  wait "$child"
+  code=$? child="" took=$((SECONDS - started))
+  last=$(tr '\r\t' '\n ' < "$log" | grep . | tail -n 1 | cut -c 1-300)
+  [ "$code" -le 128 ] || last="killed by signal $((code - 128)) after: $last"
+  [ "$NODE" != 0 ] || record "$code" "$([ $whole = 1 ] && echo $took || echo -)" "$last"
+  if [ "$code" = 0 ]; then
+    echo "done in $(clock $took)"
   else
-    code=$?
-    [ $code -ge 130 ] && exit $code
-    failed+=("$name: exit code $code, $(tr '\r' '\n' < "$log" | grep . | tail -n 1 | cut -c 1-200) (log: $log)")
-    echo "    failed: ${failed[-1]}"
+    failed+=("$name: exit code $code, $last (log: $log)")
+    echo "failed: exit code $code, $last"
   fi
 done
 
+[ "$NODE" = 0 ] || exit $((${#failed[@]} > 0))
 "$PYTHON" report.py "$RUNS" --output "$RUNS/report" || failed+=("report")
 echo "$count steps in $(clock $((SECONDS - begin)))"
 if [ ${#failed[@]} -gt 0 ]; then
-  echo "${#failed[@]} steps failed:"
+  echo "${#failed[@]} of them failed or were left out:"
   printf '  %s\n' "${failed[@]}"
   exit 1
 fi
