@@ -1,6 +1,8 @@
 """report.py on hand-made runs, its statistics against numpy; run_all.sh from the first step to the page."""
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 
@@ -8,11 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import common
 import report
 from conftest import ROOT, metrics, refused, stage, table
 
 
-def fake_run(place, stage_name, arch, init, seed, accuracy, split="abc", images=50, **changes):
+def fake_run(place, stage_name, arch, init, seed, accuracy, split="abc", images=50, arguments=None,
+             **changes):
     """A run folder with a metrics.json and predictions.csv whose accuracy is right for round(accuracy *
     images)."""
     folder = place / f"{stage_name}-{arch}-{init}-{seed}-{split}"
@@ -24,22 +28,32 @@ def fake_run(place, stage_name, arch, init, seed, accuracy, split="abc", images=
                "counts": {"train": 9, "val": 9, "test": images}, "split": split, "image_size": 32,
                "parameters": 10 ** 6, "seconds": 1.0, "epochs": 1, "leakage": {}, **changes}
     (folder / "metrics.json").write_text(json.dumps(content))
-    (folder / "args.json").write_text(json.dumps({"command": "made by hand", "versions": {"torch": "0"}}))
+    (folder / "args.json").write_text(json.dumps({
+        "command": "made by hand", "versions": {"torch": "0"},
+        "arguments": {"epochs": 1, **(arguments or {})}}))
     rows = [f"{i}.png,a,{'a' if i < right else 'b'},{0.9 if i < right else 0.1},{0.1 if i < right else 0.9}"
             for i in range(images)]
     (folder / "predictions.csv").write_text("path,label,predicted,a,b\n" + "\n".join(rows) + "\n")
     return folder
 
 
+def tabulated(place):
+    """The cells of all runs of a place; none is left out."""
+    found, spare = report.cells(report.read_runs([place])[0])
+    assert not spare
+    return found
+
+
 def test_median_and_deviation_equal_numpy(tmp_path):
     scores = [0.62, 0.7, 0.66, 0.9, 0.58]
     for seed, score in enumerate(scores):
         fake_run(tmp_path, "finetune", "deit_small", "random", seed, score)
-    runs, _ = report.read_runs([tmp_path])
-    head, ((arch, cell),) = report.score_table(report.cells(runs), "finetune")
+    head, ((arch, cell),) = report.score_table(tabulated(tmp_path), "finetune")
     assert (head, arch) == (["", "random"], "deit_small")
     assert cell == f"{np.median(scores):.3f} ± {np.std(scores, ddof=1):.3f} (n = 5)"
-    assert report.summary([None, 0.5]) == (0.5, None, 1) and report.summary([None]) == (None, None, 0)
+    some = [{"metric": "auc", "test": {"auc": value}} for value in (None, 0.5, float("nan"))]
+    assert report.summary(dict(enumerate(some))) == (0.5, None, 1)
+    assert report.summary({0: some[0]}) == report.summary({}) == (None, None, 0)
 
 
 def test_paired_interval_equals_numpy(tmp_path):
@@ -49,12 +63,12 @@ def test_paired_interval_equals_numpy(tmp_path):
         differences.append(vit - cnn)
         for arch, score in (("deit_small", vit), ("resnet50", cnn)):
             (fake_run(tmp_path, "finetune", arch, "random", seed, score) / "predictions.csv").unlink()
-    found = report.cells(report.read_runs([tmp_path])[0])
+    found = tabulated(tmp_path)
     vit, cnn = (found["finetune", arch, "random"] for arch in ("deit_small", "resnet50"))
-    difference, (low, high), seeds = report.paired_difference(vit, cnn, resamples=4000)
+    difference, (low, high), seeds, images = report.paired_difference(vit, cnn, resamples=4000)
     every = [np.mean([differences[i], differences[j], differences[k]])
              for i in range(3) for j in range(3) for k in range(3)]
-    assert seeds == 3 and difference == pytest.approx(np.mean(differences))
+    assert (seeds, images) == (3, 0) and difference == pytest.approx(np.mean(differences))
     assert low == pytest.approx(np.percentile(every, 2.5, method="inverted_cdf"), abs=1e-6)
     assert high == pytest.approx(np.percentile(every, 97.5, method="inverted_cdf"), abs=1e-6)
 
@@ -64,8 +78,8 @@ def test_paired_interval_resamples_images(tmp_path):
     difference 0.2 is sqrt(0.2 * 0.8 / 50)."""
     for arch, score in (("deit_small", 0.8), ("resnet50", 0.6)):
         fake_run(tmp_path, "finetune", arch, "random", 0, score)
-    found = report.cells(report.read_runs([tmp_path])[0])
-    difference, (low, high), _ = report.paired_difference(
+    found = tabulated(tmp_path)
+    difference, (low, high), *_ = report.paired_difference(
         *(found["finetune", arch, "random"] for arch in ("deit_small", "resnet50")), resamples=2000)
     error = 1.96 * np.sqrt(0.2 * 0.8 / 50)
     assert difference == pytest.approx(0.2)
@@ -82,7 +96,8 @@ def test_runs_that_do_not_belong_together_are_kept_apart(tmp_path):
     (tmp_path / "running" / "args.json").write_text("{}")
     done = stage("report.py", tmp_path, "--output", "report", cwd=tmp_path)
     text = (tmp_path / "report" / "report.md").read_text()
-    assert "0.800 (n = 1)" in text and "0.200 (n = 1)" in text and "n = 2" not in text
+    assert "0.800 [0.000, 1.000] (n = 1)" in text and "0.200 [0.000, 1.000] (n = 1)" in text
+    assert "n = 2" not in text
     assert "do not belong together" in text
     assert ("damaged" in text and "running" in text
             and "incomplete" in done.stderr and "cannot be used" in done.stderr)
@@ -94,10 +109,11 @@ def test_answers_go_as_far_as_the_numbers(tmp_path):
         fake_run(tmp_path, "finetune", "resnet50", "random", seed, 0.8)
         fake_run(tmp_path, "finetune", "deit_small", "imagenet", seed, 0.8 + 0.02 * (seed - 1))
         fake_run(tmp_path, "finetune", "resnet50", "imagenet", seed, 0.8)
-    said = dict(report.answers(report.cells(report.read_runs([tmp_path])[0])))
+    table = tabulated(tmp_path)
+    said = dict(report.answers(table, report.comparisons(table)))
     assert "the ViT is worse" in said["Does the ViT lose from scratch?"]
     assert "no difference shown" in said["Is the ViT on par from ImageNet weights?"]
-    assert "3 seeds" in said["Is the ViT on par from ImageNet weights?"]
+    assert "3 seeds, 50 test images" in said["Is the ViT on par from ImageNet weights?"]
     assert "no runs to tell" in said["And after DINO on the dataset's own images?"]
 
 
@@ -111,7 +127,7 @@ def test_page_is_whole_and_mistakes_are_named(tmp_path):
     page = (tmp_path / "runs" / "report" / "report.html").read_text()
     # figures 1 and 3
     assert page.count("data:image/png;base64,") == 2 and page.count("Missing: no run has it.") == 3
-    assert "leakage: 3 images test in train" in page and "http" not in page.replace("https://arxiv.org", "")
+    assert "leaking: 3 images test in train" in page and "http" not in page.replace("https://arxiv.org", "")
     assert len(table(tmp_path / "runs" / "report" / "results.csv")) == 8
     for name in ("figure1.png", "figure3.png"):
         with Image.open(tmp_path / "runs" / "report" / name) as image:
@@ -121,40 +137,231 @@ def test_page_is_whole_and_mistakes_are_named(tmp_path):
     refused(stage("report.py", "empty", cwd=tmp_path, check=False), "no run folders")
 
 
-def test_run_all_goes_on_where_it_stopped(tmp_path):
-    env = {**os.environ, "PYTHON": sys.executable, "RUNS": str(tmp_path / "runs"),
-           "ARCHS": "test_resnet test_vit", "CAPACITY": "", "INITS": "random", "IMAGE_SIZE": "32",
-           "EPOCHS": "1", "SEGMENT": "0", "DATA_FLAGS": f"--limit 64 --cache-dir {tmp_path}/cache",
-           "SALIENCY_FLAGS": "--images 2", "ATTENTION_FLAGS": "--images 16"}
+def test_one_seed_without_predictions_tells_nothing(tmp_path):
+    for arch, score in (("deit_small", 0.8), ("resnet50", 0.6)):
+        (fake_run(tmp_path, "finetune", arch, "random", 0, score) / "predictions.csv").unlink()
+    table = tabulated(tmp_path)
+    assert report.comparisons(table)[0][3][1:] == (None, 1, 0)
+    said = dict(report.answers(table, report.comparisons(table)))
+    assert "cannot be told (difference +0.200, 1 seed, no interval" in said["Does the ViT lose from scratch?"]
 
-    def run_all(**changes):
-        return subprocess.run(["bash", str(ROOT / "run_all.sh")], env={**env, **changes}, capture_output=True,
-                              text=True)
-    plan = run_all(DRY_RUN="1")
+
+def test_only_runs_made_alike_are_averaged(tmp_path):
+    for seed in range(3):
+        fake_run(tmp_path, "finetune", "deit_small", "random", seed, 0.8)
+    fake_run(tmp_path, "finetune", "deit_small", "random", 3, 0.2, arguments={"epochs": 50})
+    fake_run(tmp_path / "again", "finetune", "deit_small", "random", 0, 0.4)
+    (tmp_path / "probes").mkdir()
+    fake_run(tmp_path / "probes", "finetune", "deit_small", "random", 0, 0.6, freeze=True)
+    found, spare = report.cells(report.read_runs([tmp_path])[0])
+    assert sorted(why for _, why in spare) == ["another run of seed 0, as finetune-deit_small-random-0-abc",
+                                               "made otherwise than the runs of its kind: epochs 50, not 1"]
+    assert {key: len(by_seed) for key, by_seed in found.items()} == {
+        ("finetune", "deit_small", "random"): 3, ("probe", "deit_small", "random"): 1}
+    stage("report.py", tmp_path, cwd=tmp_path)
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "(n = 3)" in text and "epochs 50, not 1" in text and "linear probe" in text
+
+
+def test_segmentation_is_paired_by_image(tmp_path):
+    """The mean IoU of two seeds by numpy, over the very resamples; images without the class do not count."""
+    rng, scores = np.random.default_rng(1), {}
+    for arch, level in (("deit_tiny", 0.6), ("resnet18", 0.7)):
+        for seed in range(2):
+            values = rng.random((30, 2)) * 0.2 + level
+            values[:3, 1] = np.nan
+            mean = np.nanmean(values, 0).mean()
+            folder = fake_run(tmp_path, "segment", arch, "random", seed, mean, metric="iou", images=30,
+                              test={"iou": mean, "dice": 0.5 + mean / 4, "hd95": None, "constant_iou": 0.25})
+            rows = [f"{i}.png,{a},{'' if b != b else b}" for i, (a, b) in enumerate(values)]
+            (folder / "predictions.csv").write_text("path,iou_x,iou_y\n" + "\n".join(rows) + "\n")
+            scores[arch, seed] = values[np.argsort([f"{i}.png" for i in range(30)])]
+    table, draws, expected = tabulated(tmp_path), np.random.default_rng(0), []
+    for _ in range(500):
+        chosen, rows = draws.integers(2, size=2), draws.integers(30, size=30)
+        expected.append(np.mean([np.nanmean(scores["deit_tiny", s][rows], 0).mean()
+                                 - np.nanmean(scores["resnet18", s][rows], 0).mean() for s in chosen]))
+    (_, first, second, found), = report.comparisons(table)
+    assert (first[1], second[1], found[2:]) == ("deit_tiny", "resnet18", (2, 30))
+    assert found[1] == pytest.approx(np.percentile(expected, [2.5, 97.5]))
+    head, rows = report.segment_table(table)
+    assert rows[0][:2] == ["resnet18", "random"] and rows[0][4:] == ["missing", "0.250 ± 0.000", 2]
+
+
+def test_multilabel_names_may_hold_blanks(tmp_path):
+    classes = ["No Finding", "Lung", "Lung Lesion"]
+    assert report.split_names("No Finding Lung Lesion", classes) == ["No Finding", "Lung Lesion"]
+    assert report.split_names("Lung Other", classes) is None and report.split_names("", classes) == []
+    rng = np.random.default_rng(0)
+    truth, scores = rng.random((40, 2)) > 0.5, rng.random((40, 2)).round(6)
+    areas = [common.roc_auc(truth[:, i], scores[:, i]) for i in range(2)]
+    folder = fake_run(tmp_path, "finetune", "resnet18", "random", 0, 0.5, metric="roc_auc",
+                      test={"roc_auc": float(np.mean(areas)), "roc_auc_by_label": {}})
+    head, names = "path,label,predicted,No Finding,Edema\n", np.array(["No Finding", "Edema"])
+    rows = [",".join([f"{i:02d}.png", " ".join(names[flags]), "", *map(str, values)])
+            for i, (flags, values) in enumerate(zip(truth, scores))]
+    (folder / "predictions.csv").write_text(head + "\n".join(rows) + "\n")
+    run, = report.read_runs([tmp_path])[0]
+    paths, score = report.image_scores(run)
+    half = np.arange(20)
+    assert len(paths) == 40 and score(half) == pytest.approx(np.mean(
+        [common.roc_auc(truth[half, i], scores[half, i]) for i in range(2)]))
+    (folder / "predictions.csv").write_text(head + "\n".join(rows[:9]))
+    assert report.image_scores(run) is None  # these are not the images of the run's score
+
+
+def test_every_trouble_is_listed(tmp_path):
+    fake_run(tmp_path, "finetune", "resnet18", "random", 0, 0.5, best_epoch=1)
+    alone = fake_run(tmp_path, "finetune", "resnet18", "random", 1, 0.5)
+    (alone / "args.json").unlink()  # somebody else's run, of which nothing else is known
+    fake_run(tmp_path, "finetune", "resnet18", "random", 2, 0.5, test=[])
+    fake_run(tmp_path, "knn_eval", "resnet18", "random", 0, 0.5, test={"accuracy": "high"})
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "steps.tsv").write_text(
+        "dino-a\tpretrain_dino.py a\t2\t-\terror: no such image\n"
+        "knn-a\tknn_eval.py a\tleft out\t-\tdino is missing\n"
+        "dino-b\tpretrain_dino.py b\t1\t-\tonce\ndino-b\tpretrain_dino.py b\t0\t9\tthen well\nknn-b\tknn")
+    (tmp_path / "logs" / "started.log").write_text("epoch 1")
+    stage("report.py", tmp_path, cwd=tmp_path)
+    text = (tmp_path / "report" / "report.md").read_text()
+    for words in ("| dino-a | failed: exit code 2, error: no such image |",
+                  "| knn-a | left out: dino is missing |", "| started | incomplete: started, see",
+                  "no usable test", "test accuracy is no number",
+                  "best at its last epoch", "(n = 2)", "2 complete, 5 failed"):
+        assert words in text, words
+    assert "dino-b" not in text and "knn-b" not in text
+    (tmp_path / "file").write_text("")
+    refused(stage("report.py", "file", cwd=tmp_path, check=False), "no such folder")
+    refused(stage("report.py", ".", "--output", "file/out", cwd=tmp_path, check=False), "cannot be written")
+
+
+def study(place, **changes):
+    """The environment of a run_all.sh as small as it gets, without a network."""
+    return {**os.environ, "PYTHON": sys.executable, "HF_HUB_OFFLINE": "1", "RUNS": str(place / "runs"),
+            "ARCHS": "test_resnet test_vit", "CAPACITY": "", "INITS": "random", "SEEDS": "0",
+            "IMAGE_SIZE": "32", "EPOCHS": "1", "SEGMENT": "0",
+            "DATA_FLAGS": f"--limit 64 --cache-dir {place}/cache", "SALIENCY_FLAGS": "--images 2",
+            "ATTENTION_FLAGS": "--images 13", **changes}
+
+
+def run_all(place, **changes):
+    """run_all.sh to its end."""
+    return subprocess.run(["bash", str(ROOT / "run_all.sh")], env=study(place, **changes), cwd=place,
+                          capture_output=True, text=True)
+
+
+HOLDER = """
+import fcntl, os, socket, sys
+lock = open(sys.argv[1], "w")
+fcntl.flock(lock, fcntl.LOCK_EX)
+print(socket.gethostname(), os.getpid(), 0, "its start", file=lock, flush=True)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_run_all_goes_on_where_it_stopped(tmp_path):
+    plan = run_all(tmp_path, DRY_RUN="1")
     assert plan.returncode == 0 and "6 steps, remaining unknown" in plan.stdout and "done" not in plan.stdout
     assert not (tmp_path / "runs").exists()
-    first = run_all()
+    first = run_all(tmp_path)
     assert first.returncode == 0, first.stdout + first.stderr
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/metrics.json")}
     assert len(before) == 6 and (tmp_path / "runs" / "report" / "report.html").exists()
     assert metrics(tmp_path / "runs" / "finetune-test_vit-random-s0")["counts"]["train"] == 64
-    second = run_all()
+    second = run_all(tmp_path)
     assert second.returncode == 0 and second.stdout.count(": complete") == 6
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/metrics.json")} == before
-    assert "remaining about 0:00:00" in run_all(DRY_RUN="1").stdout
+    with open(tmp_path / "runs" / "logs" / "steps.tsv", "a") as ledger:
+        ledger.write("finetune-torn")  # as of a power cut
+    assert "remaining about 0:00:00" in run_all(tmp_path, DRY_RUN="1").stdout
 
-    holder = subprocess.Popen([sys.executable, "-c", "import fcntl, sys\nlock = open(sys.argv[1], 'a')\n"
-                               "fcntl.flock(lock, fcntl.LOCK_EX)\n"
-                               "print('held', flush=True)\nsys.stdin.read()",
-                               str(tmp_path / "runs" / ".lock")],
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "runs" / ".lock")],
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     holder.stdout.readline()
-    third = run_all()
+    third = run_all(tmp_path)
     holder.communicate()
-    assert third.returncode == 2 and "is in use by process" in third.stderr
+    refused(third, f"is in use by process {holder.pid} on {socket.gethostname()}", "its start")
 
     (tmp_path / "runs" / "finetune-test_vit-random-s0" / "metrics.json").unlink()
     (tmp_path / "runs" / "finetune-test_vit-random-s0" / "checkpoint.pt").write_bytes(b"damaged")
-    fourth = run_all()
+    fourth = run_all(tmp_path, EPOCHS="1")
     assert fourth.returncode == 1 and "finetune-test_vit-random-s0: exit code 2" in fourth.stdout
-    assert "checkpoint.pt cannot be read" in fourth.stdout and fourth.stdout.count(": complete") == 5
+    assert "checkpoint.pt cannot be read" in fourth.stdout and fourth.stdout.count(": complete") == 4
+    assert len(metrics(tmp_path / "runs" / "saliency")["runs"]) == 1  # it does without the failed run
+    text = (tmp_path / "runs" / "report" / "report.md").read_text()
+    assert "| finetune-test_vit-random-s0 | failed: exit code 2, error:" in text and "EPOCHS=1" in text
+
+
+def results(place):
+    """{run folder: metrics.json without times} of a study."""
+    found = {}
+    for file in (place / "runs").glob("*/metrics.json"):
+        content = json.loads(file.read_text().replace(str(place), "PLACE"))
+        found[file.parent.name] = {k: v for k, v in content.items()
+                                   if k not in ("seconds", "images_per_second")}
+    return found
+
+
+def interrupted(place, ready, end, **changes):
+    """Start run_all.sh as the head of a process group, wait for ready(), call end(process); its output."""
+    process = subprocess.Popen(["bash", str(ROOT / "run_all.sh")], env=study(place, **changes), cwd=place,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               start_new_session=True)
+    while not ready():
+        try:
+            process.wait(0.02)
+        except subprocess.TimeoutExpired:
+            continue
+        raise AssertionError(f"it ended before it could be killed: {process.stdout.read()}")
+    end(process)
+    process.wait()
+    return process.stdout.read() if process.returncode != -signal.SIGKILL else ""
+
+
+def test_killed_studies_end_with_the_same_results(folder_data, tmp_path):
+    """Ctrl-C, the script alone killed while its step lives on, all of it killed; in a folder with a blank."""
+    data = folder_data.rename(tmp_path / "my data")
+    changes = {"DATASET": "folder", "DATA_DIR": str(data), "ARCHS": "test_resnet", "EPOCHS": "12",
+               "DATA_FLAGS": f"--cache-dir {tmp_path}/cache", "FINETUNE_FLAGS": "--batch-size 4"}
+    (tmp_path / "whole").mkdir()
+    whole = run_all(tmp_path / "whole", **changes)
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    place, lines = tmp_path / "killed", 1
+    place.mkdir()
+    tuned, lock = place / "runs" / "finetune-test_resnet-random-s0", place / "runs" / ".lock"
+
+    def epochs_are_done():
+        return (tuned / "log.jsonl").exists() and (tuned / "log.jsonl").read_text().count("\n") >= lines
+    said = interrupted(place, epochs_are_done, lambda p: os.killpg(p.pid, signal.SIGINT), **changes)
+    assert "interrupted; the same command goes on from here" in said and not (tuned / "metrics.json").exists()
+
+    def kill_the_script_alone(process):
+        os.kill(int(lock.read_text().split()[2]), signal.SIGSTOP)
+        process.kill()
+    lines = 1 + (tuned / "log.jsonl").read_text().count("\n")
+    interrupted(place, epochs_are_done, kill_the_script_alone, **changes)
+    child = int(lock.read_text().split()[2])
+    refused(run_all(place, **changes), "run_all.sh is gone, but its step finetune-test_resnet-random-s0 "
+            "still runs", f"kill {child}")
+    os.kill(child, signal.SIGKILL)
+
+    interrupted(place, (place / "runs" / "logs" / "saliency.log").exists,
+                lambda p: os.killpg(p.pid, signal.SIGKILL), **changes)
+    made = (tuned / "metrics.json").stat().st_mtime_ns
+    last = run_all(place, **changes)
+    assert last.returncode == 0 and last.stdout.count(": complete") == 2, last.stdout + last.stderr
+    assert (tuned / "metrics.json").stat().st_mtime_ns == made
+    assert results(place) == results(tmp_path / "whole") and len(results(place)) == 3
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"SEEDS": ""}, ["SEEDS is empty"]), ({"SEEDS": "0,1"}, ["SEEDS=0,1", "whole numbers"]),
+    ({"INITS": "moco"}, ["moco is none of random"]), ({"DATASET": "foo"}, ["DATASET=foo"]),
+    ({"DATASET": "folder", "DATA_DIR": "gone"}, ["there is none at", "gone"]),
+    ({"ARCHS": "resnet999"}, ["resnet999"]),
+    ({"RUNS": "file/runs"}, ["file/runs cannot be written"])])
+def test_mistakes_are_named_before_anything_runs(tmp_path, changes, words):
+    (tmp_path / "file").write_text("")
+    refused(run_all(tmp_path, **changes), *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
