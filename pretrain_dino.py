@@ -22,15 +22,19 @@ import common
 from common import Draws, fail, say
 
 # What the two recipes differ in; a flag on the command line goes before either. "paper" is meant for a start
-# from ImageNet weights; "small", for random weights and few images, is a start that no ablation has settled.
-PAPER = {"out_dim": 4096, "head_norm": "none", "teacher_temp": 0.07, "warmup_teacher_temp": 0.04,
-         "warmup_teacher_epochs": 30, "momentum_teacher": 0.99, "global_scale": [0.4, 1.0],
-         "local_scale": [0.05, 0.4], "jitter": [0.4, 0.4, 0.2, 0.1], "lr": 5e-4, "warmup_epochs": 10,
-         "weight_decay": 0.04, "weight_decay_end": 0.4, "drop_path": 0.1, "centering": "mean"}
+# from ImageNet weights. "small" is for random weights and few images, where "paper" stays at the loss of knowing
+# nothing, ln outputs, and its features get worse; BENCHMARKS.md has the ablation that led to it.
+PAPER = {"batch_size": 64, "out_dim": 4096, "head_norm": "none", "centering": "mean", "teacher_temp": 0.07,
+         "warmup_teacher_temp": 0.04, "warmup_teacher_epochs": 30, "momentum_teacher": 0.99, "koleo": 0.0,
+         "local_crops": 6, "global_scale": [0.4, 1.0], "local_scale": [0.05, 0.4], "jitter": [0.4, 0.4, 0.2, 0.1],
+         "grey": 0.2, "blur": [1.0, 0.1, 0.5], "solarize": 0.2, "lr": 5e-4, "warmup_epochs": 10,
+         "weight_decay": 0.04, "weight_decay_end": 0.4, "freeze_last_layer": 1, "drop_path": 0.1}
 RECIPES = {"paper": PAPER, "small": {
-    **PAPER, "out_dim": 1024, "head_norm": "batch", "teacher_temp": 0.04, "warmup_teacher_epochs": 0,
-    "local_scale": [0.15, 0.4], "lr": 2e-3, "warmup_epochs": 3, "weight_decay_end": 0.04, "drop_path": 0.0,
-    "centering": "sinkhorn"}}
+    **PAPER, "batch_size": 32, "out_dim": 1024, "head_norm": "batch", "centering": "sinkhorn",
+    "teacher_temp": 0.025, "warmup_teacher_temp": 0.025, "warmup_teacher_epochs": 0, "koleo": 0.5,
+    "local_crops": 2, "global_scale": [0.5, 1.0], "local_scale": [0.2, 0.5], "jitter": [0.2, 0.2, 0.1, 0.05],
+    "blur": [0.1, 0.1, 0.1], "solarize": 0.0, "lr": 1e-3, "warmup_epochs": 1, "weight_decay_end": 0.04,
+    "freeze_last_layer": 0, "drop_path": 0.0}}
 SMALL = 20000  # images below which a start from random weights takes the small recipe
 
 
@@ -43,21 +47,26 @@ def arguments():
     dino.add_argument("--out-dim", type=int, help="outputs of the head (paper: 4096)")
     dino.add_argument("--head-norm", choices=["none", "batch"], help="batch norm in the head (paper: none)")
     dino.add_argument("--centering", choices=["mean", "sinkhorn"], help="of teacher outputs (paper: mean)")
-    dino.add_argument("--local-crops", type=int, default=6, help="small crops an image (default, paper: 6)")
+    dino.add_argument("--local-crops", type=int, help="small crops an image (paper: 6)")
     dino.add_argument("--global-scale", type=float, nargs=2, metavar=("LOW", "HIGH"), help="(paper: 0.4 1)")
     dino.add_argument("--local-scale", type=float, nargs=2, metavar=("LOW", "HIGH"), help="(paper: 0.05 0.4)")
     dino.add_argument("--local-size", type=int, help="of small crops (default 3/7 image size; paper: 96)")
     dino.add_argument("--jitter", type=float, nargs=4, metavar=tuple("BCSH"), help="(paper: .4 .4 .2 .1)")
+    dino.add_argument("--grey", type=float, metavar="P", help="probability (paper: 0.2)")
+    dino.add_argument("--blur", type=float, nargs=3, metavar="P",
+                      help="probability on first large, second large, small crops (paper: 1 .1 .5)")
+    dino.add_argument("--solarize", type=float, metavar="P", help="on the second large crop (paper: 0.2)")
     dino.add_argument("--momentum-teacher", type=float, help="rises to 1 along a cosine (paper: 0.99)")
     dino.add_argument("--student-temp", type=float, default=0.1, help="(default, paper: 0.1)")
     dino.add_argument("--teacher-temp", type=float, help="after its warm-up (paper: 0.07)")
     dino.add_argument("--warmup-teacher-temp", type=float, help="at the start (paper: 0.04)")
     dino.add_argument("--warmup-teacher-epochs", type=int, help="(paper: 30)")
     dino.add_argument("--center-momentum", type=float, default=0.9, help="(default, paper: 0.9; 1: none)")
-    dino.add_argument("--freeze-last-layer", type=int, default=1, help="epochs (default, paper: 1)")
+    dino.add_argument("--freeze-last-layer", type=int, help="epochs (paper: 1)")
     dino.add_argument("--drop-path", type=float, help="of the student (paper: 0.1)")
+    dino.add_argument("--koleo", type=float, help="weight of the term that spreads features (paper: 0)")
     train.add_argument("--epochs", type=int, default=100)
-    train.add_argument("--batch-size", type=int, default=64, help="over all processes (default 64)")
+    train.add_argument("--batch-size", type=int, help="over all processes (recipe paper: 64, small: 32)")
     train.add_argument("--accumulate", type=int, default=1, help="parts that a step's batch is split into")
     train.add_argument("--lr", type=float, help="for 256 images, scaled with --batch-size (paper: 5e-4)")
     train.add_argument("--min-lr", type=float, default=1e-6, help="(default, paper: 1e-6)")
@@ -74,20 +83,24 @@ def arguments():
         low, high = getattr(args, name) or (0.5, 1)
         if not 0 < low <= high <= 1:
             fail(f"--{name.replace('_', '-')} {low} {high}: expected 0 < LOW <= HIGH <= 1")
-    if args.accumulate < 1 or args.batch_size % args.accumulate:
-        fail(f"--accumulate {args.accumulate} does not divide --batch-size {args.batch_size}")
     if args.export and not args.export.endswith(".safetensors"):
         fail(f"--export {args.export}: the name must end in .safetensors")
     return args
 
 
-def with_recipe(args, images):
+def with_recipe(args, images, run):
     """The settings of this run: the flags that were given, the rest from the recipe."""
     small = args.init == "random" and images < SMALL
     name = args.recipe if args.recipe != "auto" else "small" if small else "paper"
     side = max(16, round(args.image_size * 3 / 7 / 16) * 16)  # a multiple of the 16-pixel patches, 96 at 224
     given = {k: v for k, v in vars(args).items() if v is not None}
-    return SimpleNamespace(**{**vars(args), **RECIPES[name], "local_size": side, **given, "recipe": name})
+    settings = SimpleNamespace(**{**vars(args), **RECIPES[name], "local_size": side, **given, "recipe": name})
+    if settings.accumulate < 1 or settings.batch_size % settings.accumulate:
+        fail(f"--accumulate {settings.accumulate} does not divide --batch-size {settings.batch_size}")
+    if images < settings.batch_size:
+        fail(f"--batch-size {settings.batch_size} is more than the {images} training images")
+    common.own_share(settings.batch_size // settings.accumulate, run, "--batch-size / --accumulate")
+    return settings
 
 
 # ---------------------------------------------------------------- the method --------------------------------
@@ -114,15 +127,16 @@ class Head(torch.nn.Module):
 
 
 class Model(torch.nn.Module):
-    """Backbone and head; crops of one resolution are one forward of the backbone."""
+    """Backbone and head; crops of one resolution are one forward of the backbone, all are one of the head."""
 
     def __init__(self, backbone, head):
         super().__init__()
         self.backbone, self.head = backbone, head
 
     def forward(self, *crops):
-        """Each of crops (N_i, 3, H_i, W_i) -> logits (sum N_i, out_dim)."""
-        return self.head(torch.cat([self.backbone(images) for images in crops]))
+        """Each of crops (N_i, 3, H_i, W_i) -> logits (sum N_i, out_dim), features of the first (N_0, D)."""
+        features = [self.backbone(images) for images in crops]
+        return self.head(torch.cat(features)), features[0]
 
 
 def dino_loss(student, teacher, views, temp):
@@ -137,6 +151,22 @@ def dino_loss(student, teacher, views, temp):
     normalisers = (s.logsumexp(-1) * counts).sum(0)
     others = s.sum(0) - s[:2]
     return ((normalisers - (p * others).sum((0, 2))) / counts.sum()).mean()
+
+
+def koleo(features, run):
+    """Mean of -log(distance to the nearest other image), features (N, D) L2-normalised first: low when they
+    spread over the whole sphere (Sablayrolles et al. 2019; as used by Oquab et al. 2023, section 4). Without
+    it a network from scratch maps few, alike images close together, and no teacher tells them apart.
+    Neighbours are sought among the images of all processes."""
+    x = F.normalize(features.float(), dim=1)
+    others = [torch.empty_like(x) for _ in range(run.world)]
+    if run.world > 1:
+        torch.distributed.all_gather(others, x.detach().contiguous())
+    others[run.rank] = x  # so the gradient is that of one's own rows
+    x = torch.cat(others)
+    with torch.no_grad():
+        nearest = (x @ x.T).fill_diagonal_(-2).argmax(1)
+    return -((x - x[nearest]).norm(dim=1) + 1e-8).log().mean()
 
 
 def sinkhorn(logits, temp, run, iterations=3):
@@ -173,7 +203,7 @@ def blur(images, draws, probability):
     return weights @ images @ weights.transpose(2, 3)
 
 
-def grey(images, draws, probability=0.2):
+def grey(images, draws, probability):
     """Colour taken out, with a probability a sample. images (B, C, H, W)."""
     if images.shape[1] == 1:
         return images
@@ -195,9 +225,9 @@ def make_crops(images, sizes, draws, args, mean, std):
         scale, side = large if view < 2 else small
         flips = (draws.uniform(2) < 0.5) & torch.tensor([False, True], device=draws.device)
         crop = common.crop_resize(images, common.random_boxes(draws, sizes, scale), side, flips)
-        crop = grey(common.color_jitter(crop, draws, args.jitter), draws)
-        crop = blur(crop, draws, (1.0, 0.1)[view] if view < 2 else 0.5)
-        crop = solarize(crop, draws, 0.2) if view == 1 else crop
+        crop = grey(common.color_jitter(crop, draws, args.jitter), draws, args.grey)
+        crop = blur(crop, draws, args.blur[min(view, 2)])
+        crop = solarize(crop, draws, args.solarize) if view == 1 else crop
         views.append(common.normalize(crop, mean, std))
     return [torch.cat(part) for part in (views[:2], views[2:]) if part]
 
@@ -248,14 +278,17 @@ def train_epoch(state, dataset, args, run, epoch, plan):
             draws = Draws((args.seed, epoch, i, j), part, mine, run.device)
             crops = make_crops(images, sizes, draws, args, dataset.mean, dataset.std)
             with torch.no_grad(), run.autocast():
-                logits = state.teacher(crops[0]).float()
+                logits = state.teacher(crops[0])[0].float()
             target = (sinkhorn(logits, temp, run) if args.centering == "sinkhorn" else
                       ((logits - state.center) / temp).softmax(-1))
             centers.append(logits.mean(0))
             with run.autocast():
-                output = state.wrapped(*crops)
+                output, large = state.wrapped(*crops)
             loss = dino_loss(output, target, views, args.student_temp) / args.accumulate
-            state.scaler.scale(loss).backward()
+            spread = sum(koleo(view, run) for view in large.chunk(2)) / 2 if args.koleo else 0
+            # DDP takes the mean of the processes' gradients, and of each one's own rows koleo needs the sum
+            total = loss + args.koleo * run.world * spread / args.accumulate
+            state.scaler.scale(total).backward()
             entropy = -(target * target.clamp(min=1e-30).log()).sum(1).mean()
             sums += torch.stack([loss.detach(), entropy / args.accumulate])
             mean_output = mean_output + target.mean(0) / args.accumulate
@@ -299,14 +332,16 @@ def examine(state, dataset, args, run, probe):
     return result
 
 
-def verdict(entry, args):
-    """One plain sentence if the teacher's output says nothing about the image, None if all is well. What an
-    output tells about its image is its mutual information: entropy of the mean output less mean entropy."""
-    most = math.log(args.out_dim)
+def verdict(log, args):
+    """One plain sentence if by the last epoch of log the teacher's output says nothing about the image, None
+    if all is well. What an output tells about its image is their mutual information, the entropy of the mean
+    output less the mean entropy: small at the start of a healthy run too, but there it grows."""
+    most, entry = math.log(args.out_dim), log[-1]
     if entry["marginal_entropy"] < 0.1 * most or entry["feature_std"] < 0.02:
         return ("collapsed: every image gets the same output; raise --teacher-temp, lower --center-momentum "
                 "to 0.9 or take --centering sinkhorn")
-    if entry["entropy"] > 0.97 * most:
+    told = [e["marginal_entropy"] - e["entropy"] for e in log]
+    if entry["entropy"] > 0.97 * most and len(log) > 1 and told[-1] < max(1.2 * told[-2], 0.002 * most):
         return (f"collapsed: every output is nearly uniform (the loss of knowing nothing is ln "
                 f"{args.out_dim} = {most:.2f}); lower --teacher-temp, raise --lr, or take --recipe small")
     return None
@@ -356,13 +391,10 @@ def main():
     """Load or build, train, watch, save."""
     args = arguments()
     run = common.start(args)
-    common.own_share(args.batch_size // args.accumulate, run, "--batch-size / --accumulate")
     folder = common.open_run(args, run, "pretrain_dino")
     dataset = common.load_dataset(args)
     images = len(dataset.splits["train"])
-    if images < args.batch_size:
-        fail(f"--batch-size {args.batch_size} is more than the {images} training images")
-    settings = with_recipe(args, images)
+    settings = with_recipe(args, images, run)
     student, teacher, pretrained_on = build(settings, run)
     common.write_args(folder, args, run, ["crops.png", "curves.png"])
     if run.rank == 0:
@@ -385,7 +417,7 @@ def main():
         state.wrapped = torch.nn.parallel.DistributedDataParallel(student, broadcast_buffers=False)
     if args.compile:
         state.wrapped, teacher.forward = torch.compile(state.wrapped), torch.compile(teacher.forward)
-    plan = schedules(settings, images // args.batch_size)
+    plan = schedules(settings, images // settings.batch_size)
     start = checkpoint["start"] if checkpoint else examine(state, dataset, settings, run, args.probe_every)
     say(f"before: feature std {start['feature_std']:.3f}, k-NN {common.show(start.get('knn'))}")
 
@@ -394,8 +426,8 @@ def main():
         entry = {"epoch": epoch + 1, **train_epoch(state, dataset, settings, run, epoch, plan)}
         probe = args.probe_every and (epoch + 1 == args.epochs or (epoch + 1) % args.probe_every == 0)
         entry |= examine(state, dataset, settings, run, probe)
-        entry |= {"collapse": verdict(entry, settings), "seconds": time.time() - begin}
         log.append(entry)
+        entry |= {"collapse": verdict(log, settings), "seconds": time.time() - begin}
         if run.rank == 0:
             save_model(folder / "model.pt", state, dataset, args, pretrained_on)
             common.save_checkpoint(folder, {**{k: v.state_dict() for k, v in kept.items()},

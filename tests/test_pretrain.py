@@ -61,6 +61,21 @@ def test_sinkhorn_gives_rows_of_one_and_equal_columns():
     assert torch.allclose(q.mean(0), torch.full((8,), 1 / 8), atol=1e-3)
 
 
+def test_koleo_and_gradient_equal_a_loop_over_images():
+    features = torch.randn(9, 5, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    terms = []
+    for i in range(9):
+        unit = [row / row.norm() for row in features]
+        terms.append(-torch.stack([(unit[i] - unit[j]).norm() for j in range(9) if j != i]).min().log())
+    slow, ours = sum(terms) / 9, dino.koleo(features, SimpleNamespace(rank=0, world=1))
+    assert abs(ours - slow) < 1e-5
+    gradients = [torch.autograd.grad(loss, features, retain_graph=True)[0] for loss in (ours, slow)]
+    assert (gradients[0] - gradients[1]).abs().max() < 1e-5
+    alike = torch.ones(4, 5, requires_grad=True)  # identical images must not make it infinite
+    dino.koleo(alike, SimpleNamespace(rank=0, world=1)).backward()
+    assert torch.isfinite(alike.grad).all()
+
+
 def test_head_is_normalised():
     torch.manual_seed(0)
     head = dino.Head(12, 30)
@@ -96,7 +111,8 @@ def tiny_state(out_dim=16, **changes):
         "local_crops": 2, "out_dim": out_dim, "head_norm": "none", "drop_path": 0.0, "batch_size": 8,
         "accumulate": 1, "epochs": 1, "student_temp": 0.1, "global_scale": [0.4, 1], "centering": "mean",
         "local_scale": [0.1, 0.4], "jitter": [0.4, 0.4, 0.2, 0.1], "center_momentum": 0.9,
-        "freeze_last_layer": 0, "clip_grad": 3.0, "output": "", **changes})
+        "grey": 0.2, "blur": [1.0, 0.1, 0.5], "solarize": 0.2, "koleo": 0.0, "freeze_last_layer": 0,
+        "clip_grad": 3.0, "output": "", **changes})
     run = common.Run(0, 1, torch.device("cpu"), "off")
     student, teacher, _ = dino.build(args, run)
     pixels = np.concatenate([demo.ravel() for demo, _ in map(common.demo_image, range(8))])
