@@ -274,7 +274,7 @@ def answers(table, pairs):
         said = [f"{a[1]} against {b[1]}: {in_words(found, better, worse)}" if what == "vit" else
                 f"{a[1]}, {b[2]} to {a[2]}: {in_words(found, better, worse)}"
                 for kind_of, a, b, found in pairs if kind_of == what and a[0] == kind and a[2] in inits]
-        result.extend((question, line) for line in said or ["no runs to tell"])
+        result.extend((question, line) for line in said or ["no runs to tell"] * (kind != "segment"))
 
     for kind in [kind for kind in ("finetune", "segment") if any(key[0] == kind for key in table)]:
         where = " in segmentation" if kind == "segment" else ""
@@ -366,6 +366,11 @@ def pair_table(pairs):
     return ["", "first", "second", "first - second", "95 % interval", "seeds", "images"], rows
 
 
+MAP_SCORES = ("energy: share of the map inside the mask; pointing: share of images whose peak is inside; "
+              "iou: of the mask and as many top pixels; deletion, insertion: area under the probability as "
+              "pixels go, come")
+
+
 def other_tables(runs):
     """Parts for the stages that are not scored by cell: pretraining, saliency, attention distance."""
     rows = [[run["folder"].name, run["init"], run.get("epochs"), number(run["val"].get("knn_before")),
@@ -374,20 +379,24 @@ def other_tables(runs):
     parts = ["DINO pretraining: k-NN accuracy on validation before and after", (
         ["", "weights", "epochs", "before", "after", "collapsed"], rows)] if rows else []
     for run in runs:
-        ours = run.get("runs") if isinstance(run.get("runs"), list) else []
-        if run["kind"] == "saliency" and ours:
-            names = list(ours[0]["map"])
-            cell = lambda v: f"{v['mean']:.3f} [{v['interval'][0]:.3f}, {v['interval'][1]:.3f}]" \
-                if v["interval"] else "undefined"  # noqa: E731
-            parts += [f"Saliency of {ours[0].get('images')} test images, mean [95 % interval]", (
-                ["", "method", *names, f"better {names[0]} than a centred blob"],
-                [[one["name"], one["method"], *(cell(one["map"][name]) for name in names),
-                  "yes" if one["gain_over_gaussian"][names[0]]["beats"] else "no"] for one in ours])]
-        if run["kind"] == "attn_distance" and ours:
-            parts += [f"Mean attention distance in pixels over {ours[0].get('images')} test images", (
-                ["", "first block", "last block", "all blocks", "uniform attention"],
-                [[one["name"], *(number(one[what], 1) for what in (
-                    "first_block", "last_block", "mean", "uniform"))] for one in ours])]
+        try:
+            if run["kind"] == "saliency":
+                names = list(run["runs"][0]["map"])
+                count = run["runs"][0]["images"]
+                parts += [f"Saliency of {count} test images, mean [95 % interval]. {MAP_SCORES}", (
+                    ["", "method", *names, "beats a centred blob"],
+                    [[one["name"], one["method"], *(
+                        "{:.3f} [{:.3f}, {:.3f}]".format(value["mean"], *value["interval"])
+                        if value["interval"] else "undefined" for value in map(one["map"].get, names)),
+                      "yes" if one["gain_over_gaussian"][names[0]]["beats"] else "no"]
+                     for one in run["runs"]])]
+            if run["kind"] == "attn_distance":
+                parts += [f"Mean attention distance in pixels over {run['runs'][0]['images']} test images", (
+                    ["", "first block", "last block", "all blocks", "uniform attention"],
+                    [[one["name"], *(number(one[what], 1) for what in (
+                        "first_block", "last_block", "mean", "uniform"))] for one in run["runs"]])]
+        except (KeyError, TypeError, IndexError) as error:
+            parts.append(f"{run['folder'].name}: its metrics.json lacks what a table needs ({error!r}).")
     return parts
 
 
@@ -483,8 +492,9 @@ def figures(runs, groups, output):
 def introduction(key, members, table):
     """What was compared, on how many images, and what to mind, as paragraphs."""
     counts = members[0].get("counts") or {}
-    archs = sorted({(size_of(by_seed), cell[1]) for cell, by_seed in table.items()})
-    cnns, vits = ([arch for _, arch in archs if is_vit(arch) == vit] for vit in (False, True))
+    sizes = {cell[1]: size_of(by_seed) for cell, by_seed in table.items()}
+    cnns, vits = ([arch for arch in sorted(sizes, key=sizes.get) if is_vit(arch) == vit]
+                  for vit in (False, True))
     inits = [init for init in INITS if any(cell[2] == init for cell in table)]
     seeds = sorted({seed for by_seed in table.values() for seed in by_seed})
     images = ", ".join(f"{count} {name}" for name, count in counts.items())
@@ -523,7 +533,8 @@ def section_of(key, members, table):
     if pairs:
         parts += ["Table: paired differences over the same seeds and the same resampled test images (singly, "
                   "so the intervals are too narrow where a patient has several)", pair_table(pairs)]
-    return f"{key[0]}, by {key[3]}", parts
+    task = "segmentation" if members[0]["kind"] == "segment" else "classification"
+    return f"{key[0]}: {task}, by {key[3]}", parts
 
 
 def health(run, collapsed):
@@ -579,7 +590,8 @@ def as_markdown(part):
 def as_html(part, output):
     """The same in HTML; figures are inlined."""
     def line(cells, tag):
-        marks = ["warn" * str(cell).startswith(WARN) + " long" * (len(str(cell)) > 50) for cell in cells]
+        marks = ["warn" * (tag == "td" and str(cell).startswith(WARN)) + " long" * (len(str(cell)) > 50)
+                 for cell in cells]
         return "<tr>" + "".join(f'<{tag} class="{mark}">{html.escape(str(cell))}</{tag}>'
                                 for mark, cell in zip(marks, cells)) + "</tr>"
     if isinstance(part, list):

@@ -216,6 +216,7 @@ def test_every_trouble_is_listed(tmp_path):
     (alone / "args.json").unlink()  # somebody else's run, of which nothing else is known
     fake_run(tmp_path, "finetune", "resnet18", "random", 2, 0.5, test=[])
     fake_run(tmp_path, "knn_eval", "resnet18", "random", 0, 0.5, test={"accuracy": "high"})
+    fake_run(tmp_path, "saliency", "resnet18", "random", 0, 0.5, runs=[{"name": "a"}])
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "steps.tsv").write_text(
         "dino-a\tpretrain_dino.py a\t2\t-\terror: no such image\n"
@@ -227,7 +228,8 @@ def test_every_trouble_is_listed(tmp_path):
     for words in ("| dino-a | failed: exit code 2, error: no such image |",
                   "| knn-a | left out: dino is missing |", "| started | incomplete: started, see",
                   "no usable test", "test accuracy is no number",
-                  "best at its last epoch", "(n = 2)", "2 complete, 5 failed"):
+                  "best at its last epoch", "(n = 2)", "3 complete, 5 failed",
+                  "lacks what a table needs (KeyError('map'))"):
         assert words in text, words
     assert "dino-b" not in text and "knn-b" not in text
     (tmp_path / "file").write_text("")
