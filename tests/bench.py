@@ -587,10 +587,11 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e9
 
 
-def serve(pipe, side, case):
+def serve(pipe, side, case, start_method):
     """One side of a case, in a process of its own: warm up, send (FLOP of a unit, seconds to compile), then
     do a pass and send (amount, seconds) for each number that comes, and the peak memory last."""
     with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null):  # of progress bars
+        multiprocessing.set_start_method(start_method, force=True)  # of DataLoader workers: Python's default
         torch.manual_seed(0)
         one_pass, modules = globals()[f"{case.stage}_{side}"](case)
         with FlopCounterMode(display=False) if side == "ours" else nullcontext() as counter:
@@ -626,7 +627,7 @@ def measure(context, case, rounds, peak):
     sides = {}
     for side in ("ours", "plain"):  # one after the other, so that files and caches are made once
         pipe, end = context.Pipe()
-        process = context.Process(target=serve, args=(end, side, case))
+        process = context.Process(target=serve, args=(end, side, case, multiprocessing.get_start_method()))
         process.start()
         end.close()
         sides[side] = SimpleNamespace(pipe=pipe, process=process, warm=pipe.recv(), speeds=[])
