@@ -320,6 +320,7 @@ if [ "$NNODES" = 1 ]; then
   done
   echo "$host $$ $$ its start" > "$RUNS/.lock"
 fi
+[ -z "$(tail -c 1 "$RUNS/logs/steps.tsv")" ] || echo >> "$RUNS/logs/steps.tsv"  # torn by a power cut
 child=""
 stop() {  # stop SIGNAL CODE: end the step, which keeps its last finished epoch
   trap '' INT TERM
