@@ -613,7 +613,7 @@ def as_html(part, output):
 
 
 WARN = ("missing", "failed", "incomplete", "damaged", "left out", "collapsed", "leaking")
-STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}
+STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:68rem;margin:2rem auto;padding:0 1rem;color:#222}
 div{overflow-x:auto}table{border-collapse:collapse;margin:0 0 1.5rem;font-size:.9em}th,td{padding:.2rem .6rem;
 text-align:right;white-space:nowrap;border-bottom:1px solid #ddd}
 th:first-child,td:first-child{text-align:left}
