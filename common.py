@@ -187,7 +187,7 @@ def read_csv(file, columns, parse=dict):
 def resolve_paths(file, names, folders, skip=None):
     """Where the images that `file` lists really are: each name under the first of `folders` that has it.
     All that are nowhere are named in one error; with skip=True (--skip-broken) they are None."""
-    paths, missing = [], []
+    paths, missing, folders = [], [], list(map(str, folders))
     for name in names:
         found = next((path for path in (os.path.join(folder, name) for folder in folders)
                       if os.path.isfile(path)), None)
@@ -559,9 +559,9 @@ def carve(split, share, rng):
     for i in range(len(split)):
         members[split.groups[i] if split.groups else i].append(i)
     strata = defaultdict(list)
+    labels = split.labels.tolist() if split.labels is not None else [0] * len(split)  # str of NumPy's is slow
     for group, indices in members.items():
-        label = split.labels[indices[0]] if split.labels is not None else 0
-        strata[str(label)].append(indices)
+        strata[str(labels[indices[0]])].append(indices)
     cut = []
     for label in sorted(strata):
         groups = strata[label]
