@@ -22,19 +22,21 @@ import common
 from common import Draws, fail, say
 
 # What the two recipes differ in; a flag on the command line goes before either. "paper" is meant for a start
-# from ImageNet weights. "small" is for random weights and few images, where "paper" stays at the loss of knowing
-# nothing, ln outputs, and its features get worse; BENCHMARKS.md has the ablation that led to it.
+# from ImageNet weights. "small" is for random weights and few images, where "paper" stays at ln outputs, the
+# loss of knowing nothing, and its features get worse; BENCHMARKS.md has the ablation that led to it.
 PAPER = {"batch_size": 64, "out_dim": 4096, "head_norm": "none", "centering": "mean", "teacher_temp": 0.07,
          "warmup_teacher_temp": 0.04, "warmup_teacher_epochs": 30, "momentum_teacher": 0.99, "koleo": 0.0,
-         "local_crops": 6, "global_scale": [0.4, 1.0], "local_scale": [0.05, 0.4], "jitter": [0.4, 0.4, 0.2, 0.1],
-         "grey": 0.2, "blur": [1.0, 0.1, 0.5], "solarize": 0.2, "lr": 5e-4, "warmup_epochs": 10,
-         "weight_decay": 0.04, "weight_decay_end": 0.4, "freeze_last_layer": 1, "drop_path": 0.1}
+         "local_crops": 6, "global_scale": [0.4, 1.0], "local_scale": [0.05, 0.4],
+         "jitter": [0.4, 0.4, 0.2, 0.1], "grey": 0.2, "blur": [1.0, 0.1, 0.5], "solarize": 0.2, "lr": 5e-4,
+         "warmup_epochs": 10, "weight_decay": 0.04, "weight_decay_end": 0.4, "freeze_last_layer": 1,
+         "drop_path": 0.1}
 RECIPES = {"paper": PAPER, "small": {
     **PAPER, "batch_size": 32, "out_dim": 1024, "head_norm": "batch", "centering": "sinkhorn",
     "teacher_temp": 0.025, "warmup_teacher_temp": 0.025, "warmup_teacher_epochs": 0, "koleo": 0.5,
     "local_crops": 2, "global_scale": [0.5, 1.0], "local_scale": [0.2, 0.5], "jitter": [0.2, 0.2, 0.1, 0.05],
     "blur": [0.1, 0.1, 0.1], "solarize": 0.0, "lr": 1e-3, "warmup_epochs": 1, "weight_decay_end": 0.04,
     "freeze_last_layer": 0, "drop_path": 0.0}}
+SMALL_CNN = {"lr": 4e-3, "koleo": 0.2}  # CNNs stand a higher rate, at which a ViT's features get worse
 SMALL = 20000  # images below which a start from random weights takes the small recipe
 
 
@@ -68,7 +70,8 @@ def arguments():
     train.add_argument("--epochs", type=int, default=100)
     train.add_argument("--batch-size", type=int, help="over all processes (recipe paper: 64, small: 32)")
     train.add_argument("--accumulate", type=int, default=1, help="parts that a step's batch is split into")
-    train.add_argument("--lr", type=float, help="for 256 images, scaled with --batch-size (paper: 5e-4)")
+    train.add_argument("--lr", type=float,
+                       help="of 256 images, scaled with --batch-size (paper: 5e-4; small: 1e-3, CNNs 4e-3)")
     train.add_argument("--min-lr", type=float, default=1e-6, help="(default, paper: 1e-6)")
     train.add_argument("--warmup-epochs", type=int, help="of the learning rate (paper: 10)")
     train.add_argument("--weight-decay", type=float, help="at the start (paper: 0.04)")
@@ -372,8 +375,8 @@ def draw_crops(path, dataset, args):
     common.draw_grid(path, pictures, [names] * len(rows), side=128, title=dataset.name)
 
 
-def draw_curves(path, start, log, args):
-    """Loss, entropies and k-NN by epoch; the k-NN starts with that before training, at epoch 0."""
+def draw_curves(path, start, log, images, args):
+    """Loss, entropies and k-NN by epoch (of `images`); the k-NN starts with that before training, at 0."""
     def line(label, key):
         seen = [e for e in ({**start, "epoch": 0}, *log) if key in e]
         return {"label": label, "x": [e["epoch"] for e in seen], "y": [e[key] for e in seen]}
@@ -383,8 +386,8 @@ def draw_curves(path, start, log, args):
         line("per image", "entropy"), line("of the mean", "marginal_entropy"), wall])]
     if any("knn" in e for e in log):
         panels.append(("k-NN (20 neighbours)", "validation accuracy", [line("teacher", "knn")]))
-    common.draw_plot(path, [{"title": title, "xlabel": "epoch", "ylabel": unit, "series": series}
-                            for title, unit, series in panels], size=(480, 400))
+    common.draw_plot(path, [{"title": title, "xlabel": f"epoch of {images} images", "ylabel": unit,
+                             "series": series} for title, unit, series in panels], size=(480, 400))
 
 
 def main():
@@ -396,6 +399,8 @@ def main():
     images = len(dataset.splits["train"])
     settings = with_recipe(args, images, run)
     student, teacher, pretrained_on = build(settings, run)
+    if settings.recipe == "small" and not hasattr(student.backbone, "patch_embed"):
+        vars(settings).update({k: v for k, v in SMALL_CNN.items() if getattr(args, k) is None})
     common.write_args(folder, args, run, ["crops.png", "curves.png"])
     if run.rank == 0:
         draw_crops(folder / "crops.png", dataset, settings)
@@ -432,7 +437,7 @@ def main():
             save_model(folder / "model.pt", state, dataset, args, pretrained_on)
             common.save_checkpoint(folder, {**{k: v.state_dict() for k, v in kept.items()},
                                             "center": state.center, "start": start, "log": log})
-            draw_curves(folder / "curves.png", start, log, settings)
+            draw_curves(folder / "curves.png", start, log, images, settings)
         most = math.log(settings.out_dim)
         knn = f"  k-NN {entry['knn']:.4f}" if "knn" in entry else ""
         say(f"epoch {epoch + 1}/{args.epochs}  loss {entry['loss']:.3f}  entropy {entry['entropy']:.2f} "
