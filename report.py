@@ -266,7 +266,7 @@ def answers(table, pairs):
     """The paper's questions, each with what these runs say: [(question, answer)]."""
     result, kinds = [], {cell[0] for cell in table}
     for question, what, kind, inits in QUESTIONS:
-        said = [f"{a[1]} against {b[1]}: {in_words(found, 'the ViT is better', 'the ViT is worse')}"
+        said = [f"{a[1]} against {b[1]}, {a[2]}: {in_words(found, 'the ViT is better', 'the ViT is worse')}"
                 if what == "vit" else f"{a[1]}, {b[2]} to {a[2]}: {in_words(found, 'it helps', 'it hurts')}"
                 for compared, a, b, found in pairs if compared == what and a[0] == kind and a[2] in inits]
         if kind in kinds and kind != "segment":
