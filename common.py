@@ -1150,7 +1150,10 @@ def create(arch, num_classes, image_size, **options):
         model = timm.create_model(name, num_classes=num_classes, img_size=image_size, **options)
     except TypeError:  # a CNN takes any size
         options.pop("dynamic_img_size", None)
-        return timm.create_model(name, num_classes=num_classes, **options)
+        try:
+            return timm.create_model(name, num_classes=num_classes, **options)
+        except TypeError:  # and not every one has drop path
+            return timm.create_model(name, num_classes=num_classes)
     except (AssertionError, ValueError, RuntimeError) as error:
         fail(f"--arch {arch} cannot be built for --image-size {image_size}: {error}")
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
@@ -1570,7 +1573,8 @@ def device_name(device):
 
 
 RUN_FILES = ["args.json", "log.jsonl", "checkpoint.pt", "model.pt", "predictions.csv", "metrics.json"]
-NOT_COMPARED = {"output", "overwrite", "workers", "cache_dir", "device", "predict"}  # these change no result
+NOT_COMPARED = {"output", "overwrite", "workers", "cache_dir", "device", "predict", "on_collapse",
+                "export"}  # these change no result
 
 
 def open_run(args, run, stage):

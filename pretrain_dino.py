@@ -11,6 +11,7 @@ backbone, for --init of the other stages. Each epoch prints a line of health; a 
 import copy
 import math
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -35,7 +36,7 @@ RECIPES = {"paper": PAPER, "small": {
     "teacher_temp": 0.025, "warmup_teacher_temp": 0.025, "warmup_teacher_epochs": 0, "koleo": 0.5,
     "local_crops": 2, "global_scale": [0.5, 1.0], "local_scale": [0.2, 0.5], "jitter": [0.2, 0.2, 0.1, 0.05],
     "blur": [0.1, 0.1, 0.1], "solarize": 0.0, "lr": 1e-3, "warmup_epochs": 1, "weight_decay_end": 0.04,
-    "freeze_last_layer": 0, "drop_path": 0.0}}
+    "freeze_last_layer": -1, "drop_path": 0.0}}
 SMALL_CNN = {"lr": 4e-3, "koleo": 0.2}  # CNNs stand a higher rate, at which a ViT's features get worse
 SMALL = 20000  # images below which a start from random weights takes the small recipe
 
@@ -64,7 +65,7 @@ def arguments():
     dino.add_argument("--warmup-teacher-temp", type=float, help="at the start (paper: 0.04)")
     dino.add_argument("--warmup-teacher-epochs", type=int, help="(paper: 30)")
     dino.add_argument("--center-momentum", type=float, default=0.9, help="(default, paper: 0.9; 1: none)")
-    dino.add_argument("--freeze-last-layer", type=int, help="epochs (paper: 1)")
+    dino.add_argument("--freeze-last-layer", type=int, help="epochs; -1: all (paper: 1, small: -1)")
     dino.add_argument("--drop-path", type=float, help="of the student (paper: 0.1)")
     dino.add_argument("--koleo", type=float, help="weight of the term that spreads features (paper: 0)")
     train.add_argument("--epochs", type=int, default=100)
@@ -73,7 +74,7 @@ def arguments():
     train.add_argument("--lr", type=float,
                        help="of 256 images, scaled with --batch-size (paper: 5e-4; small: 1e-3, CNNs 4e-3)")
     train.add_argument("--min-lr", type=float, default=1e-6, help="(default, paper: 1e-6)")
-    train.add_argument("--warmup-epochs", type=int, help="of the learning rate (paper: 10)")
+    train.add_argument("--warmup-epochs", type=int, help="of the rate, up to half of all (paper: 10)")
     train.add_argument("--weight-decay", type=float, help="at the start (paper: 0.04)")
     train.add_argument("--weight-decay-end", type=float, help="at the end of its cosine (paper: 0.4)")
     train.add_argument("--clip-grad", type=float, default=3.0, help="gradient norm (default 3; 0: off)")
@@ -86,8 +87,14 @@ def arguments():
         low, high = getattr(args, name) or (0.5, 1)
         if not 0 < low <= high <= 1:
             fail(f"--{name.replace('_', '-')} {low} {high}: expected 0 < LOW <= HIGH <= 1")
+    for name in ("local_crops", "koleo", "probe_every", "accumulate", "teacher_temp", "student_temp"):
+        value, low = getattr(args, name), {"accumulate": 1}.get(name, 0)
+        if value is not None and (value < low or value == 0 and name.endswith("temp")):
+            fail(f"--{name.replace('_', '-')} {value}: too small")
     if args.export and not args.export.endswith(".safetensors"):
         fail(f"--export {args.export}: the name must end in .safetensors")
+    if args.export and not Path(args.export).resolve().parent.is_dir():
+        fail(f"--export {args.export}: there is no such folder")
     return args
 
 
@@ -95,10 +102,16 @@ def with_recipe(args, images, run):
     """The settings of this run: the flags that were given, the rest from the recipe."""
     small = args.init == "random" and images < SMALL
     name = args.recipe if args.recipe != "auto" else "small" if small else "paper"
-    side = max(16, round(args.image_size * 3 / 7 / 16) * 16)  # a multiple of the 16-pixel patches, 96 at 224
+    patches = getattr(common.create(args.arch, 0, args.image_size), "patch_embed", None)  # None: a CNN
+    patch = getattr(patches, "patch_size", 16)
+    patch = max(patch) if isinstance(patch, tuple) else patch
+    defaults = {**RECIPES[name], **(SMALL_CNN if name == "small" and patches is None else {}),
+                "local_size": max(1, round(args.image_size * 3 / 7 / patch)) * patch}  # 96 at 224
     given = {k: v for k, v in vars(args).items() if v is not None}
-    settings = SimpleNamespace(**{**vars(args), **RECIPES[name], "local_size": side, **given, "recipe": name})
-    if settings.accumulate < 1 or settings.batch_size % settings.accumulate:
+    settings = SimpleNamespace(**{**vars(args), **defaults, **given, "recipe": name})
+    if patches is not None and settings.local_size % patch:
+        fail(f"--local-size {settings.local_size} is no multiple of the {patch}-pixel patches of {args.arch}")
+    if settings.batch_size % settings.accumulate:
         fail(f"--accumulate {settings.accumulate} does not divide --batch-size {settings.batch_size}")
     if images < settings.batch_size:
         fail(f"--batch-size {settings.batch_size} is more than the {images} training images")
@@ -122,7 +135,10 @@ class Head(torch.nn.Module):
         for layer in self.mlp:
             if isinstance(layer, torch.nn.Linear):
                 torch.nn.init.trunc_normal_(layer.weight, std=0.02)
-        self.last = torch.nn.Parameter(torch.randn(out_dim, bottleneck))
+                if layer.bias is not None:
+                    torch.nn.init.zeros_(layer.bias)
+        # the rows' length does not show in the output, but sets how fast the optimizer turns them
+        self.last = torch.nn.Parameter(torch.empty(out_dim, bottleneck).uniform_(-1, 1) / bottleneck ** 0.5)
 
     def forward(self, x):
         """x (N, D) -> (N, out_dim)."""
@@ -170,6 +186,11 @@ def koleo(features, run):
     with torch.no_grad():
         nearest = (x @ x.T).fill_diagonal_(-2).argmax(1)
     return -((x - x[nearest]).norm(dim=1) + 1e-8).log().mean()
+
+
+def entropy(p):
+    """Of distributions p (..., K), in nats: (...)."""
+    return -(p * p.clamp(min=1e-30).log()).sum(-1)
 
 
 def sinkhorn(logits, temp, run, iterations=3):
@@ -254,18 +275,18 @@ def parameter_groups(model):
 
 
 def train_epoch(state, dataset, args, run, epoch, plan):
-    """One pass over the images. Returns {"loss", "entropy", "marginal_entropy", "images_per_second"}:
-    entropies of the teacher's outputs, mean over images and of the mean output, in nats."""
+    """One pass over the images. Returns {"loss", "entropy", "marginal_entropy", "images_per_second"}: the
+    entropies, in nats, of the teacher's outputs and of their mean over a batch, means over the epoch."""
     lr, decay, momentum, temps = plan
     split = dataset.splits["train"]
     order = common.epoch_order(len(split), args.batch_size, args.seed, epoch)
     part = args.batch_size // args.accumulate
     mine = common.own_share(part, run, "--batch-size / --accumulate")
     views, temp = 2 + args.local_crops, float(temps[epoch])
-    torch.manual_seed(hash((args.seed, epoch)) % 2 ** 31)
+    torch.manual_seed(hash((args.seed, epoch, run.rank)) % 2 ** 31)  # of drop path
     state.student.train()
     state.teacher.train()  # its batch norm follows its own batches, as in the authors' code
-    sums, mean_output, begin = torch.zeros(2, device=run.device), 0, time.time()
+    sums, begin = torch.zeros(3, device=run.device), time.time()
     batches = [split.rows[batch[i * part + mine]] for batch in order for i in range(args.accumulate)]
     loader = common.load_batches(dataset.store, batches, run.device)
     bar = tqdm(range(len(order)), f"epoch {epoch + 1}/{args.epochs}", leave=False, disable=run.rank > 0)
@@ -275,16 +296,16 @@ def train_epoch(state, dataset, args, run, epoch, plan):
             group["lr"] = float(lr[step])
         state.optimizer.param_groups[0]["weight_decay"] = float(decay[step])
         state.optimizer.zero_grad(set_to_none=True)
-        centers = []
+        means = []
         for j in range(args.accumulate):
             images, sizes = next(loader)
-            draws = Draws((args.seed, epoch, i, j), part, mine, run.device)
+            draws = Draws((args.seed, epoch, i), args.batch_size, j * part + mine, run.device)
             crops = make_crops(images, sizes, draws, args, dataset.mean, dataset.std)
             with torch.no_grad(), run.autocast():
                 logits = state.teacher(crops[0])[0].float()
             target = (sinkhorn(logits, temp, run) if args.centering == "sinkhorn" else
                       ((logits - state.center) / temp).softmax(-1))
-            centers.append(logits.mean(0))
+            means.append(torch.stack([logits.mean(0), target.mean(0)]))
             with run.autocast():
                 output, large = state.wrapped(*crops)
             loss = dino_loss(output, target, views, args.student_temp) / args.accumulate
@@ -292,10 +313,8 @@ def train_epoch(state, dataset, args, run, epoch, plan):
             # DDP takes the mean of the processes' gradients, and of each one's own rows koleo needs the sum
             total = loss + args.koleo * run.world * spread / args.accumulate
             state.scaler.scale(total).backward()
-            entropy = -(target * target.clamp(min=1e-30).log()).sum(1).mean()
-            sums += torch.stack([loss.detach(), entropy / args.accumulate])
-            mean_output = mean_output + target.mean(0) / args.accumulate
-        if epoch < args.freeze_last_layer:
+            sums[:2] += torch.stack([loss.detach(), entropy(target).mean() / args.accumulate])
+        if epoch < args.freeze_last_layer or args.freeze_last_layer < 0:
             state.student.head.last.grad = None
         state.scaler.unscale_(state.optimizer)
         if args.clip_grad:
@@ -303,16 +322,16 @@ def train_epoch(state, dataset, args, run, epoch, plan):
         state.scaler.step(state.optimizer)
         state.scaler.update()
         with torch.no_grad():
-            center = common.all_reduce_mean(torch.stack(centers).mean(0), run)
+            center, output = common.all_reduce_mean(torch.stack(means).mean(0), run)
             state.center.lerp_(center, 1 - args.center_momentum)
+            sums[2] += entropy(output)
             torch._foreach_lerp_(list(state.teacher.parameters()), list(state.student.parameters()),
                                  1 - float(momentum[step]))
         if (i + 1) % 20 == 0 or i + 1 == len(order):
             values = common.checked_mean(sums, i + 1, step, epoch, args, run)
             bar.set_postfix(loss=f"{values[0].item():.3f}")
-    p = common.all_reduce_mean(mean_output / len(order), run)
-    return {"loss": values[0].item(), "entropy": values[1].item(),
-            "marginal_entropy": -(p * p.clamp(min=1e-30).log()).sum().item(),
+    loss, mean_entropy, marginal_entropy = values.tolist()
+    return {"loss": loss, "entropy": mean_entropy, "marginal_entropy": marginal_entropy,
             "images_per_second": len(order) * args.batch_size / (time.time() - begin)}
 
 
@@ -335,18 +354,19 @@ def examine(state, dataset, args, run, probe):
     return result
 
 
-def verdict(log, args):
+def verdict(log, start, args):
     """One plain sentence if by the last epoch of log the teacher's output says nothing about the image, None
-    if all is well. What an output tells about its image is their mutual information, the entropy of the mean
-    output less the mean entropy: small at the start of a healthy run too, but there it grows."""
-    most, entry = math.log(args.out_dim), log[-1]
-    if entry["marginal_entropy"] < 0.1 * most or entry["feature_std"] < 0.02:
-        return ("collapsed: every image gets the same output; raise --teacher-temp, lower --center-momentum "
-                "to 0.9 or take --centering sinkhorn")
-    told = [e["marginal_entropy"] - e["entropy"] for e in log]
-    if entry["entropy"] > 0.97 * most and len(log) > 1 and told[-1] < max(1.2 * told[-2], 0.002 * most):
+    if all is well. What it says is its mutual information with the image: the entropy of a batch's mean
+    output less the mean entropy. That is small at the start of a healthy run too, but there it grows."""
+    told, most = [e["marginal_entropy"] - e["entropy"] for e in log], math.log(args.out_dim)
+    entry, bound = log[-1], math.log(min(args.out_dim, 2 * args.batch_size))
+    silent = len(log) > 1 and told[-1] < 0.05 * bound and told[-1] < max(1.2 * told[-2], 0.005 * bound)
+    if silent and entry["entropy"] > most / 2:
         return (f"collapsed: every output is nearly uniform (the loss of knowing nothing is ln "
-                f"{args.out_dim} = {most:.2f}); lower --teacher-temp, raise --lr, or take --recipe small")
+                f"{args.out_dim} = {most:.2f}); lower --teacher-temp, raise --koleo, or take --recipe small")
+    if silent or entry["feature_std"] < 0.1 * start["feature_std"]:
+        return ("collapsed: every image gets the same output; raise --teacher-temp, lower --lr, or take "
+                "--centering sinkhorn")
     return None
 
 
@@ -394,19 +414,22 @@ def main():
     """Load or build, train, watch, save."""
     args = arguments()
     run = common.start(args)
-    folder = common.open_run(args, run, "pretrain_dino")
+    folder = Path(args.output or ".") if args.preview else common.open_run(args, run, "pretrain_dino")
     dataset = common.load_dataset(args)
     images = len(dataset.splits["train"])
     settings = with_recipe(args, images, run)
+    if args.preview:  # touches no run
+        if run.rank > 0:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        draw_crops(folder / "crops.png", dataset, settings)
+        return say(f"written: {folder / 'crops.png'}")
     student, teacher, pretrained_on = build(settings, run)
-    if settings.recipe == "small" and not hasattr(student.backbone, "patch_embed"):
-        vars(settings).update({k: v for k, v in SMALL_CNN.items() if getattr(args, k) is None})
     common.write_args(folder, args, run, ["crops.png", "curves.png"])
     if run.rank == 0:
         draw_crops(folder / "crops.png", dataset, settings)
-    if args.preview:
-        return say(f"written: {folder}/crops.png")
-    say(f"recipe {settings.recipe}: " + ", ".join(f"{k} {getattr(settings, k)}" for k in PAPER))
+    recipe = {name: getattr(settings, name) for name in ["recipe", *PAPER, "local_size"]}
+    say(", ".join(f"{name} {value}" for name, value in recipe.items()))
 
     optimizer = torch.optim.AdamW(parameter_groups(student), fused=run.device.type in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp == "fp16")
@@ -414,6 +437,8 @@ def main():
     state = SimpleNamespace(**kept, wrapped=student, center=torch.zeros(settings.out_dim, device=run.device))
     log, checkpoint = [], common.load_checkpoint(folder, run)
     if checkpoint:
+        if checkpoint["recipe"] != recipe:
+            fail(f"{folder} was begun with other settings: {checkpoint['recipe']}; --overwrite begins again")
         for name, part in kept.items():
             part.load_state_dict(checkpoint[name])
         state.center, log = checkpoint["center"], checkpoint["log"]
@@ -424,18 +449,28 @@ def main():
         state.wrapped, teacher.forward = torch.compile(state.wrapped), torch.compile(teacher.forward)
     plan = schedules(settings, images // settings.batch_size)
     start = checkpoint["start"] if checkpoint else examine(state, dataset, settings, run, args.probe_every)
-    say(f"before: feature std {start['feature_std']:.3f}, k-NN {common.show(start.get('knn'))}")
+    say(f"before: feature std {start['feature_std']:.3f}"
+        + (f", k-NN {start['knn']:.4f}" if "knn" in start else ""))
 
+    def stop_if_collapsed():
+        if log and log[-1]["collapse"] and args.on_collapse == "stop":
+            fail(f"stopped after epoch {len(log)}, {log[-1]['collapse']}; the checkpoint is in {folder}, "
+                 "--on-collapse warn goes on")
+
+    stop_if_collapsed()
     for epoch in range(len(log), args.epochs):
         begin = time.time()
         entry = {"epoch": epoch + 1, **train_epoch(state, dataset, settings, run, epoch, plan)}
         probe = args.probe_every and (epoch + 1 == args.epochs or (epoch + 1) % args.probe_every == 0)
         entry |= examine(state, dataset, settings, run, probe)
+        if not math.isfinite(entry["feature_std"]):  # of the last step, whose loss came before its update
+            fail(f"the weights are not finite after epoch {epoch + 1}; the last good checkpoint is "
+                 f"{folder}/checkpoint.pt" if log else "the weights are not finite after epoch 1; lower --lr")
         log.append(entry)
-        entry |= {"collapse": verdict(log, settings), "seconds": time.time() - begin}
+        entry |= {"collapse": verdict(log, start, settings), "seconds": time.time() - begin}
         if run.rank == 0:
             save_model(folder / "model.pt", state, dataset, args, pretrained_on)
-            common.save_checkpoint(folder, {**{k: v.state_dict() for k, v in kept.items()},
+            common.save_checkpoint(folder, {**{k: v.state_dict() for k, v in kept.items()}, "recipe": recipe,
                                             "center": state.center, "start": start, "log": log})
             draw_curves(folder / "curves.png", start, log, images, settings)
         most = math.log(settings.out_dim)
@@ -444,16 +479,15 @@ def main():
             f"({entry['entropy'] / most:.0%} of ln {settings.out_dim})  KL to uniform "
             f"{most - entry['entropy']:.2f}  feature std {entry['feature_std']:.3f}{knn}  "
             f"{entry['images_per_second']:.1f} images/s")
-        if entry["collapse"] and epoch > 0:
+        if entry["collapse"]:
             say(f"WARNING: {entry['collapse']}")
-            if args.on_collapse == "stop":
-                fail(f"stopped in epoch {epoch + 1}, {entry['collapse']}; the checkpoint is in {folder}")
+        stop_if_collapsed()
     if run.rank > 0:
         return
     last = log[-1]
     common.write_json(folder / "metrics.json", {
         "stage": "pretrain_dino", "dataset": dataset.name, "arch": args.arch, "init": args.init_label,
-        "pretrained_on": pretrained_on, "seed": args.seed, "recipe": settings.recipe, "metric": "knn",
+        "pretrained_on": pretrained_on, "seed": args.seed, "settings": recipe, "metric": "knn",
         "val": {"knn": last.get("knn"), "knn_before": start.get("knn"), "loss": last["loss"],
                 "entropy": last["entropy"], "feature_std": last["feature_std"]}, "test": {},
         "collapse": last["collapse"], "counts": dataset.counts, "split": dataset.split_id,

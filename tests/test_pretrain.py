@@ -140,16 +140,69 @@ def test_teacher_and_center_are_moving_averages():
 
 
 def test_accumulation_changes_nothing_but_memory():
-    """One step over 8 images in one part and in four: without batch norm one gradient, if the crops are."""
-    plan = [np.array([1e-3]), np.array([0.0]), np.array([0.9]), np.array([0.05])]
+    """A step of SGD over 8 images in one part and in four: without batch norm, one and the same gradient."""
+    plan = [np.array([0.1]), np.array([0.0]), np.array([0.9]), np.array([0.05])]
     results = []
-    for accumulate in (1, 1, 4):
-        state, dataset, args, run = tiny_state(accumulate=accumulate)
+    for accumulate in (1, 4):
+        state, dataset, args, run = tiny_state(accumulate=accumulate, clip_grad=0)
+        before = torch.cat([p.detach().flatten() for p in state.student.parameters()])
+        state.optimizer = torch.optim.SGD(dino.parameter_groups(state.student), 0.1)
         entry = dino.train_epoch(state, dataset, args, run, 0, plan)
-        results.append((entry["loss"], torch.cat([p.detach().flatten() for p in state.student.parameters()])))
-    assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])
-    assert results[2][0] == pytest.approx(results[0][0], rel=0.02)  # other crops of the same images
-    assert (results[2][1] - results[0][1]).abs().max() < 5e-3
+        after = torch.cat([p.detach().flatten() for p in state.student.parameters()])
+        results.append((entry["loss"], after - before))
+    assert results[1][0] == pytest.approx(results[0][0], rel=1e-5)
+    assert (results[1][1] - results[0][1]).abs().max() < 1e-4 * results[0][1].abs().max()
+
+
+def test_schedules_reach_the_optimizer():
+    state, dataset, args, run = tiny_state(epochs=3)
+    plan = [np.array([1e-3, 2e-3, 3e-3]), np.array([0.1, 0.2, 0.3]), np.array([0.9] * 3), np.full(3, 0.05)]
+    for epoch in range(3):  # a step each
+        dino.train_epoch(state, dataset, args, run, epoch, plan)
+        matrices, vectors = state.optimizer.param_groups
+        assert matrices["lr"] == vectors["lr"] == plan[0][epoch]
+        assert matrices["weight_decay"] == plan[1][epoch] and vectors["weight_decay"] == 0
+    assert all(p.ndim > 1 for p in matrices["params"]) and all(p.ndim < 2 for p in vectors["params"])
+
+
+@pytest.mark.parametrize("given, images, expected", [
+    ({"arch": "test_vit"}, 500, {"recipe": "small", "lr": 1e-3, "koleo": 0.5, "batch_size": 32}),
+    ({"arch": "test_resnet"}, 500, {"recipe": "small", "lr": 4e-3, "koleo": 0.2}),
+    ({"arch": "test_resnet", "lr": 7e-4, "koleo": 0.0}, 500, {"recipe": "small", "lr": 7e-4, "koleo": 0.0}),
+    ({"arch": "test_vit"}, 20000, {"recipe": "paper", "lr": 5e-4, "koleo": 0.0, "out_dim": 4096}),
+    ({"arch": "test_vit", "init": "imagenet"}, 500, {"recipe": "paper", "local_crops": 6, "batch_size": 64}),
+    ({"arch": "test_vit", "recipe": "paper", "out_dim": 8}, 500, {"recipe": "paper", "out_dim": 8})])
+def test_recipes_yield_to_flags(given, images, expected):
+    names = {**dino.PAPER, "local_size": None}
+    args = SimpleNamespace(**{**dict.fromkeys(names), "init": "random", "recipe": "auto", "image_size": 32,
+                              "accumulate": 1, **given})
+    settings = dino.with_recipe(args, images, common.Run(0, 1, torch.device("cpu"), "off"))
+    assert {name: getattr(settings, name) for name in expected} == expected
+    assert settings.local_size == 16 and settings.teacher_temp > 0
+
+
+def koleo_of_share(rank, features, weight, folder):
+    """One of two processes: the gradient of the KoLeo term as DDP would average it, into a file."""
+    store = f"file://{folder}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    weight = weight.clone().requires_grad_()
+    value = dino.koleo(features[rank::2] @ weight, SimpleNamespace(rank=rank, world=2))
+    (2 * value).backward()
+    torch.distributed.all_reduce(weight.grad)
+    torch.save((value.detach(), weight.grad / 2), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_koleo_of_two_processes_is_that_of_one(tmp_path):
+    generator = torch.Generator().manual_seed(5)
+    features, weight = torch.randn(12, 6, generator=generator), torch.randn(6, 4, generator=generator)
+    torch.multiprocessing.spawn(koleo_of_share, (features, weight, str(tmp_path)), nprocs=2)
+    weight.requires_grad_()
+    value = dino.koleo(features @ weight, SimpleNamespace(rank=0, world=1))
+    value.backward()
+    for rank in range(2):
+        theirs, gradient = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert torch.allclose(theirs, value, atol=1e-6) and torch.allclose(gradient, weight.grad, atol=1e-6)
 
 
 def test_last_layer_is_frozen_at_first():
@@ -237,5 +290,38 @@ def test_mistakes(folder_data, tmp_path):
     assert not (tmp_path / "run").exists()
     done = run("--lr", "1e30", "--warmup-epochs", "0", "--clip-grad", "0")
     assert done.returncode == 2 and "not finite by step" in done.stderr and "Traceback" not in done.stderr
-    preview = run("--preview", "--overwrite")
-    assert preview.returncode == 0 and (tmp_path / "run" / "crops.png").exists()
+    refused(run("--teacher-temp", "0", "--overwrite"), "--teacher-temp 0")
+    refused(run("--local-size", "20", "--overwrite"), "--local-size 20", "patches")
+    refused(run("--export", "nowhere/x.safetensors", "--overwrite"), "nowhere", "no such folder")
+
+
+def test_preview_touches_no_run(folder_data, tmp_path):
+    args = [*FOLDER, *FAST, "--arch", "test_vit", "--epochs", "1", *TINY]
+    stage("pretrain_dino.py", *args, "--output", "run", cwd=tmp_path)
+    (tmp_path / "run" / "crops.png").unlink()
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    stage("pretrain_dino.py", *args, "--preview", "--output", "run", cwd=tmp_path)
+    assert (tmp_path / "run" / "crops.png").exists()
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_weights_that_are_not_finite_are_not_saved(folder_data, tmp_path):
+    """A loss is taken before its step's update: with one step an epoch, the first at a rate of 0 and the
+    second at an endless one, the loss of epoch 2 is finite and its weights are not."""
+    args = [*FOLDER, *FAST, "--arch", "test_vit", "--batch-size", "20", "--warmup-epochs", "1",
+            "--lr", "1e38", "--output", "run", *TINY]
+    done = stage("pretrain_dino.py", *args, cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "not finite after epoch 2" in done.stderr, done.stderr
+    kept = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert len(kept["log"]) == 1
+    assert all(torch.isfinite(value).all() for value in kept["student"].values())
+
+
+@pytest.mark.parametrize("entropies, marginals, word", [
+    ([6.8, 6.8], [6.81, 6.81], "nearly uniform"), ([6.6, 6.6], [6.65, 6.65], "nearly uniform"),
+    ([0.1, 0.1], [0.11, 0.1], "same output"), ([6.9, 6.8], [6.91, 6.85], None),
+    ([5.4, 5.3], [6.9, 6.9], None), ([6.8], [6.8], None)])
+def test_verdict_by_value(entropies, marginals, word):
+    log = [{"entropy": e, "marginal_entropy": m, "feature_std": 0.3} for e, m in zip(entropies, marginals)]
+    said = dino.verdict(log, {"feature_std": 0.2}, SimpleNamespace(out_dim=1024, batch_size=32))
+    assert said is None if word is None else word in said
