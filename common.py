@@ -1150,10 +1150,7 @@ def create(arch, num_classes, image_size, **options):
         model = timm.create_model(name, num_classes=num_classes, img_size=image_size, **options)
     except TypeError:  # a CNN takes any size
         options.pop("dynamic_img_size", None)
-        try:
-            return timm.create_model(name, num_classes=num_classes, **options)
-        except TypeError:  # and not every one has drop path
-            return timm.create_model(name, num_classes=num_classes)
+        return timm.create_model(name, num_classes=num_classes, **options)
     except (AssertionError, ValueError, RuntimeError) as error:
         fail(f"--arch {arch} cannot be built for --image-size {image_size}: {error}")
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", 1)

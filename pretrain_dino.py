@@ -261,7 +261,11 @@ def make_crops(images, sizes, draws, args, mean, std):
 def build(args, run):
     """(student, teacher, pretrained_on): equal at the start, drop path in the student alone."""
     options = {"dynamic_img_size": True}  # crops come in two resolutions
-    backbone, pretrained_on = common.build_model(args, 0, drop_path_rate=args.drop_path, **options)
+    try:
+        drop_path = {"drop_path_rate": args.drop_path} if args.drop_path else {}
+        backbone, pretrained_on = common.build_model(args, 0, **drop_path, **options)
+    except TypeError:
+        fail(f"--arch {args.arch} has no drop path; add --drop-path 0")
     student = Model(backbone, Head(backbone.num_features, args.out_dim, args.head_norm))
     teacher = Model(common.create(args.arch, 0, args.image_size, **options), copy.deepcopy(student.head))
     teacher.requires_grad_(False).load_state_dict(student.state_dict())

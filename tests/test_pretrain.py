@@ -286,6 +286,7 @@ def test_mistakes(folder_data, tmp_path):
     refused(run("--accumulate", "3"), "--accumulate 3", "--batch-size 4")
     refused(run("--global-scale", "0.9", "0.2"), "--global-scale")
     refused(run("--batch-size", "400"), "--batch-size 400", "training images")
+    refused(run("--arch", "densenet121", "--recipe", "paper"), "densenet121 has no drop path")
     refused(run("--export", "x.pt"), ".safetensors")
     assert not (tmp_path / "run").exists()
     done = run("--lr", "1e30", "--warmup-epochs", "0", "--clip-grad", "0")
