@@ -41,20 +41,20 @@ default ARCHS           "resnet18 deit_tiny"     "resnet50 deit_small"
 default INITS           "random dino"            "$usual_inits"  # dino: pretrained here, on DATASET's own images
 default SEEDS           "0"                      "0 1 2 3 4"
 default IMAGE_SIZE      64                       224             # pixels
-default EPOCHS          8                        50              # of fine-tuning
+default EPOCHS          5                        50              # of fine-tuning
 default CAPACITY        "resnet50 deit_small"    "resnet18 resnet152 deit_tiny deit_base"  # capacity series, + ARCHS
 default CAPACITY_INITS  "random"                 "random imagenet"
-default DINO_EPOCHS     4                        100
+default DINO_EPOCHS     2                        100
 default DINO_INIT       "random"                 "auto"  # auto: imagenet if all its weights can be had, else random
 default DINO_PER_SEED   0                        0       # 1: each seed has its own pretraining; 0: all share one
 default SEGMENT         "$has_masks"             "$has_masks"    # 1: segmentation (needs masks)
 default CLASSIFY        "$has_classes"           "$has_classes"  # 0: the dataset has masks only
 default SEGMENT_INITS   "random"                 "$INITS"
-default SEGMENT_EPOCHS  5                        50
+default SEGMENT_EPOCHS  4                        50
 default FINETUNE_FLAGS  "--lr 1e-3"              ""      # from random weights on few images; the paper's is 1e-4
 default DINO_FLAGS      ""                       ""
 default KNN_FLAGS       ""                       ""
-default SEGMENT_FLAGS   "--lr 5e-4 --output-stride 16 --limit 300"  ""
+default SEGMENT_FLAGS   "--lr 5e-4 --output-stride 16 --limit 200"  ""
 default SALIENCY_FLAGS  "--images 4"             "--images 4"
 default ATTENTION_FLAGS ""                       ""
 default NPROC           1                        1       # processes (GPUs) per machine, by torchrun
