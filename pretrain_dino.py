@@ -326,9 +326,9 @@ def train_epoch(state, dataset, args, run, epoch, plan):
         state.scaler.step(state.optimizer)
         state.scaler.update()
         with torch.no_grad():
-            center, output = common.all_reduce_mean(torch.stack(means).mean(0), run)
+            center, marginal = common.all_reduce_mean(torch.stack(means).mean(0), run)
             state.center.lerp_(center, 1 - args.center_momentum)
-            sums[2] += entropy(output)
+            sums[2] += entropy(marginal)
             torch._foreach_lerp_(list(state.teacher.parameters()), list(state.student.parameters()),
                                  1 - float(momentum[step]))
         if (i + 1) % 20 == 0 or i + 1 == len(order):

@@ -112,6 +112,12 @@ def loader(case, steps, train=True, masks=False):
                                        num_workers=WORKERS, pin_memory=case.device == "cuda")
 
 
+def one_by_one(case):
+    """The case's images for evaluation, a batch each."""
+    return loader(SimpleNamespace(**{**vars(case), "batch": 1}),
+                  [T.Resize(256), T.CenterCrop(case.side)], train=False)
+
+
 # ---------------------------------------------------------------- the stages, ours and plain ----------------
 # Each function takes a case and returns (a function that does one pass and returns how much it did, modules
 # to compile). Passes are numbered; -1 is the warm-up.
@@ -357,8 +363,7 @@ def attention_plain(case):
     @torch.no_grad()
     def one_pass(number):
         results = []
-        for images, _ in loader(SimpleNamespace(**{**vars(case), "batch": 1}),
-                                [T.Resize(256), T.CenterCrop(case.side)], train=False):
+        for images, _ in one_by_one(case):
             kept.clear()
             model(images.to(case.device))
             for qkv in kept:
@@ -404,8 +409,7 @@ def saliency_plain(case):
             return (kept["g"].mean((2, 3), keepdim=True) * kept["a"]).sum(1).relu().detach().cpu()
 
     def one_pass(number):
-        for images, _ in loader(SimpleNamespace(**{**vars(case), "batch": 1}),
-                                [T.Resize(256), T.CenterCrop(case.side)], train=False):
+        for images, _ in one_by_one(case):
             explain(images.to(case.device))
         return case.count
     return one_pass, []
