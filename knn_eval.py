@@ -35,36 +35,39 @@ def arguments():
     return args
 
 
-def largest(scores, k):
-    """topk(k) of each row of scores (M, N), for N far above k: (values, columns), both (M, k), largest first.
+def nearest(train, queries, k, tile=2 ** 26):
+    """Yield (products, rows) of the k rows of train (N, D) with the largest products with each query (M, D).
 
-    The k largest stand in the k groups of columns with the largest maxima, so that only the maxima and these
-    groups are sorted: about 2 sqrt(N k) numbers a row in place of N."""
-    count = scores.shape[1]
-    size = math.isqrt(count // k)
-    if size < 3:
-        return scores.topk(k, dim=1)
-    groups = count // size  # group g has the columns g, g + groups, g + 2 groups, ...; a rest belongs to none
-    body, rest = scores[:, :groups * size].unflatten(1, (size, groups)), scores[:, groups * size:]
-    chosen = body.amax(1).topk(k, dim=1, sorted=False).indices
-    found = body.gather(2, chosen[:, None].expand(-1, size, -1)).flatten(1)
-    values, place = torch.cat([found, rest], 1).topk(k, dim=1)
-    columns = chosen.gather(1, place % k) + place.div(k, rounding_mode="floor") * groups
-    return values, torch.where(place < size * k, columns, place + size * (groups - k))
+    Both are (m, k), largest first, float32 and int64, for the m queries of a block after the other; a block
+    has at most 256, and about `tile` products (default 2^26, 0.25 GB). A block meets the training images in
+    slabs, and group g is the g-th image of every slab. The k largest stand in the k groups with the largest
+    maxima, so only these are sorted: about 2 sqrt(N k) numbers a query in place of N."""
+    slabs = math.isqrt(len(train) // k)
+    groups = math.ceil(len(train) / slabs)
+    block = max(1, min(256, tile // len(train), len(queries)))
+    memory = queries.new_empty(slabs * groups * block)  # one for all blocks: fresh memory costs page faults
+    for query in queries.split(block):
+        products = memory[:slabs * groups * len(query)].view(slabs, groups, len(query))
+        products[-1] = -math.inf  # the last slab may be short
+        maxima = products[-1].clone()
+        for slab, part in zip(products, train.split(groups)):
+            torch.mm(part, query.T, out=slab[:len(part)])
+            torch.maximum(maxima, slab, out=maxima)  # while it is in the CPU's cache
+        chosen = maxima.T.topk(k, sorted=False).indices
+        found = products.gather(1, chosen.T.expand(slabs, -1, -1)).permute(2, 0, 1).flatten(1)
+        values, place = found.topk(k)
+        yield values, chosen.gather(1, place % k) + place.div(k, rounding_mode="floor") * groups
 
 
 @torch.inference_mode()
-def vote(train, labels, queries, ks, temperature, tile=2 ** 27):
+def vote(train, labels, queries, ks, temperature, tile=2 ** 26):
     """Class shares of the k nearest training images for every k.
 
     train (N, D) and queries (M, D) float32, L2-normalised; labels (N, C) float32, one-hot or multilabel.
     For each query the k largest cosines s vote for their labels with weight exp(s / temperature); the shares
-    are divided by the weights' sum. Returns {k: (M, C) float32 on the CPU}. `tile` cosines, and no more than
-    those of 1024 queries, are held at a time (default 2^27, 0.5 GB)."""
-    rows, shares = max(1, min(1024, tile // len(train), len(queries))), {k: [] for k in ks}
-    cosines = torch.empty(rows, len(train), device=train.device)  # one buffer: fresh memory costs page faults
-    for query in queries.split(rows):
-        best, where = largest(torch.mm(query, train.T, out=cosines[:len(query)]), max(ks))
+    are divided by the weights' sum. Returns {k: (M, C) float32 on the CPU}. `tile` as in nearest()."""
+    shares = {k: [] for k in ks}
+    for best, where in nearest(train, queries, max(ks), tile):
         weights = ((best - best[:, :1]) / temperature).exp()  # the largest is 1, whatever the temperature
         for k in ks:
             weight = weights[:, None, :k]

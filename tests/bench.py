@@ -195,10 +195,10 @@ def knn_ours(case):
         queries = part(number).to(case.device)
         arrays = {"shares": knn_eval.vote(train, labels, queries, [200], 0.07)[200].numpy()}
         if number < 0:
-            cosine, index = knn_eval.largest(queries @ train.T, 200)
+            cosine, index = next(knn_eval.nearest(train, queries, 200))
             arrays |= {"cosine": cosine.cpu().numpy(), "neighbours": index.cpu().numpy()}
         np.savez(Path(case.folder) / f"knn_ours{number}.npz", **arrays)
-        return len(queries)
+        return len(queries) * (2 if number < 0 else 1)  # products, of which "share of peak" is made
     return one_pass, []
 
 
@@ -222,11 +222,12 @@ def check_neighbours(case):
     """Stop unless both sides found the same neighbours (in the warm-up) and votes (in every pass)."""
     for file in sorted(Path(case.folder).glob("knn_ours*.npz")):
         ours, plain = np.load(file), np.load(str(file).replace("ours", "plain"))
-        assert np.abs(ours["shares"] - plain["shares"]).max() < 1e-4, "the votes differ"
+        # the 200th and 201st may be equal to the last digit of fp32, and change places: 1 of 200 votes, seldom
+        differ = np.abs(ours["shares"] - plain["shares"]).max(1)
+        assert differ.max() < 0.01 and (differ > 1e-4).mean() < 0.005, f"votes differ by {differ.max():.2g}"
         if "neighbours" in ours:
             assert np.abs(ours["cosine"] - plain["cosine"]).max() < 1e-5, "the similarities differ"
             same = [len(set(a) & set(b)) for a, b in zip(ours["neighbours"], plain["neighbours"])]
-            # the 200th and 201st may be equal to the last digit of fp32, and change places
             assert min(same) >= 199 and np.mean(same) > 199.9, f"neighbours in common: {min(same)} of 200"
             print(f"  the same neighbours: {np.mean(same):.3f} of 200 in common, mean of {len(same)} queries")
 
@@ -615,11 +616,11 @@ def serve(pipe, side, case, start_method):
 
 
 def matmul_peak(run):
-    """FLOP a second of a large matrix product in the precision of ours, the best of five."""
+    """FLOP a second of a large matrix product in the precision of ours, the best of ten."""
     size = 8192 if run.device.type == "cuda" else 2048
     a = torch.randn(size, size, device=run.device, dtype=torch.bfloat16 if run.amp == "bf16" else None)
     best = 0
-    for _ in range(5):
+    for _ in range(10):
         begin = time.perf_counter()
         (a @ a)[0, 0].item()
         best = max(best, 2 * size ** 3 / (time.perf_counter() - begin))

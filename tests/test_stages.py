@@ -169,17 +169,21 @@ def slow_vote(train, labels, query, k, temperature):
     return total / sum(np.exp(s / temperature) for s, _ in similarity)
 
 
-@pytest.mark.parametrize("count,k", [(100, 5), (5003, 20), (5000, 1), (9000, 1000)])
-def test_largest_equals_topk(count, k):
+@pytest.mark.parametrize("count,k", [(7, 7), (100, 5), (5003, 20), (5000, 1), (9000, 1000)])
+def test_nearest_equals_topk(count, k):
     generator = torch.Generator().manual_seed(0)
-    scores = torch.randn(33, count, generator=generator, dtype=torch.float64)  # no ties in so many digits
-    for mine, theirs in zip(knn_eval.largest(scores, k), scores.topk(k, dim=1)):
-        assert torch.equal(mine, theirs)
-    scores = (scores * 10).round()  # many ties, of which any may be taken, but none twice
-    values, columns = knn_eval.largest(scores, k)
-    assert torch.equal(values, scores.topk(k, dim=1).values)
-    assert torch.equal(values, scores.gather(1, columns))
-    assert all(len(set(row)) == k for row in columns.tolist())
+    train, queries = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (count, 33))
+
+    def both(train, queries):
+        blocks = [torch.cat(parts) for parts in zip(*knn_eval.nearest(train, queries, k, tile=10 * count))]
+        return blocks, queries @ train.T
+    (values, rows), products = both(train, queries)
+    assert torch.allclose(values, products.topk(k).values, atol=1e-12)
+    assert torch.equal(rows, products.topk(k).indices)  # no ties in so many digits
+    (values, rows), products = both(train.round(), queries.round())  # many ties: any may be taken, none twice
+    assert torch.equal(values, products.topk(k).values)
+    assert torch.equal(values, products.gather(1, rows))
+    assert all(len(set(row)) == k for row in rows.tolist())
 
 
 def test_vote_equals_the_slow_version_and_scikit_learn():
