@@ -5,6 +5,7 @@ A stage imports this file and nothing else of the project; to use one elsewhere,
 import argparse
 import csv
 import fcntl
+import gc
 import hashlib
 import json
 import math
@@ -187,10 +188,14 @@ def read_csv(file, columns, parse=dict):
 def resolve_paths(file, names, folders, skip=None):
     """Where the images that `file` lists really are: each name under the first of `folders` that has it.
     All that are nowhere are named in one error; with skip=True (--skip-broken) they are None."""
-    paths, missing, folders = [], [], list(map(str, folders))
+    paths, missing, folders, having = [], [], list(map(str, folders)), {}
     for name in names:
-        found = next((path for path in (os.path.join(folder, name) for folder in folders)
-                      if os.path.isfile(path)), None)
+        top = name[:name.find("/", 1) + 1]  # looking for it once saves looking for each image in every folder
+        if top not in having:
+            having[top] = [os.path.join(folder, "") for folder in folders
+                           if not top or os.path.isdir(os.path.join(folder, top))]
+        found = next((path for folder in having[top]
+                      if os.path.isfile(path := name if name.startswith("/") else folder + name)), None)
         paths.append(found)
         if found is None:
             missing.append(name)
@@ -814,15 +819,15 @@ class Decoder(torch.utils.data.Dataset):
 
 def fingerprint(paths, side):
     """What a cache is made of: every path with its size and time of change, and the resize."""
-    digest = hashlib.blake2b(f"4 {side}".encode(), digest_size=6)
+    digest, here = hashlib.blake2b(f"4 {side}".encode(), digest_size=6), os.getcwd()
     for path in paths:
         if not isinstance(path, str):  # the binary maps that make one mask
             digest.update(repr(path).encode() + fingerprint([part for _, part in path], side).encode())
         elif path.startswith("demo"):
             digest.update(path.encode())
         else:
-            stat = os.stat(path)
-            digest.update(f"{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+            stat, path = os.stat(path), os.path.normpath(path if path.startswith("/") else f"{here}/{path}")
+            digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 
@@ -926,6 +931,7 @@ def measure(store, rows):
 def load_dataset(args, check=True, decode_mask=None):
     """Index, complete, cache and check the dataset that the arguments name; nothing is trained on yet.
     decode_mask(item of Split.masks, number of classes) -> (H, W, 1) uint8 asks for the masks too."""
+    gc.disable()  # it would walk the lists of a large dataset over and over, and find no cycle in them
     dataset = INDEX[args.dataset](args)
     for name, split in dataset.splits.items():  # None: left out by --skip-broken or --view
         dataset.splits[name] = split.take([i for i, path in enumerate(split.paths) if path])
@@ -946,6 +952,7 @@ def load_dataset(args, check=True, decode_mask=None):
         dataset.splits["train"] = limit_images(dataset.splits["train"], args.limit, args.split_seed)
     if dataset.mean is None:
         dataset.mean, dataset.std = measure(dataset.store, dataset.splits["train"].rows)
+    gc.enable()
     say(f"{dataset.name}: " + ", ".join(f"{n} {name}" for name, n in dataset.counts.items())
         + f" images, {len(dataset.classes)} classes ({some(dataset.classes, 14)})")
     return dataset
