@@ -1467,7 +1467,7 @@ def own_share(total, run, what="--batch-size"):
     if total % run.world:
         fail(f"{what} {total} is global and does not divide among {run.world} processes; "
              f"take {total - total % run.world or run.world}")
-    return torch.arange(run.rank, total, run.world)
+    return np.arange(run.rank, total, run.world)  # PyTorch takes these, NumPy no tensor of one row
 
 
 def gather_rows(part, total, run):

@@ -302,6 +302,8 @@ def train_epoch(state, dataset, args, run, epoch, plan):
         state.optimizer.zero_grad(set_to_none=True)
         means = []
         for j in range(args.accumulate):
+            if run.world > 1:  # the processes' gradients are summed once a step, with the last part
+                state.wrapped.require_backward_grad_sync = j == args.accumulate - 1
             images, sizes = next(loader)
             draws = Draws((args.seed, epoch, i), args.batch_size, j * part + mine, run.device)
             crops = make_crops(images, sizes, draws, args, dataset.mean, dataset.std)

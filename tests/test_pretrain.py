@@ -253,9 +253,9 @@ def test_collapse_is_named_and_a_healthy_run_is_not_accused(tmp_path):
     assert "collapsed" not in healthy.stdout
 
 
-@pytest.mark.parametrize("arch", ["test_vit", "test_resnet"])
-def test_two_processes_equal_one(folder_data, tmp_path, arch):
-    args = [*FOLDER, *FAST, "--arch", arch, "--drop-path", "0", *TINY]
+@pytest.mark.parametrize("arch,accumulate", [("test_vit", 1), ("test_vit", 2), ("test_resnet", 1)])
+def test_two_processes_equal_one(folder_data, tmp_path, arch, accumulate):
+    args = [*FOLDER, *FAST, "--arch", arch, "--drop-path", "0", "--accumulate", str(accumulate), *TINY]
     stage("pretrain_dino.py", *args, "--output", "one", cwd=tmp_path)
     stage("pretrain_dino.py", *args, "--output", "two", cwd=tmp_path, processes=2)
     logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
@@ -263,6 +263,10 @@ def test_two_processes_equal_one(folder_data, tmp_path, arch):
     for one, two in zip(*logs):
         assert one["loss"] == pytest.approx(two["loss"], rel=2e-3)
         assert one["entropy"] == pytest.approx(two["entropy"], rel=5e-3)
+    one, two = (torch.cat([entry["exp_avg"].flatten() for entry in torch.load(
+        tmp_path / name / "checkpoint.pt", weights_only=True)["optimizer"]["state"].values()])
+        for name in ("one", "two"))  # the mean of the gradients
+    assert (one - two).norm() < 1e-3 * one.norm()
 
 
 def test_resumed_after_sigkill_bit_for_bit(folder_data, tmp_path):
