@@ -4,6 +4,7 @@ A stage imports this file and nothing else of the project; to use one elsewhere,
 """
 import argparse
 import csv
+import ctypes
 import fcntl
 import gc
 import hashlib
@@ -1413,6 +1414,10 @@ def start(args):
     elif kind == "cpu":
         if world > 1:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
+        if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # of glibc
+            # else a large tensor goes back to the system when freed, and the next faults in page by page
+            libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
+            libc.mallopt(-4, 0)   # M_MMAP_MAX: no mapping apart from the heap, which ends with the tensor
     # 12 hours: rank 0 may build a large cache while the rest wait
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
