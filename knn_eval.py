@@ -66,6 +66,7 @@ def vote(train, labels, queries, ks, temperature, tile=2 ** 26):
     train (N, D) and queries (M, D) float32, L2-normalised; labels (N, C) float32, one-hot or multilabel.
     For each query the k largest cosines s vote for their labels with weight exp(s / temperature); the shares
     are divided by the weights' sum. Returns {k: (M, C) float32 on the CPU}. `tile` as in nearest()."""
+    torch.backends.cuda.matmul.allow_tf32 = False  # 10 bits of a cosine would change who is near
     shares = {k: [] for k in ks}
     for best, where in nearest(train, queries, max(ks), tile):
         weights = ((best - best[:, :1]) / temperature).exp()  # the largest is 1, whatever the temperature
