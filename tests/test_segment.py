@@ -294,6 +294,14 @@ def blobs(rng, size=(24, 31), count=3):
     return np.asarray(image)
 
 
+def test_distances_are_exact_far_from_the_origin():
+    mask = torch.zeros(4200, 4200, dtype=torch.bool)
+    mask[4000:4100, 4000:4150] = True
+    moved = mask.roll(3, 1)
+    assert segment.hausdorff95(mask, mask, (1.37, 1.21)) == 0
+    assert segment.hausdorff95(mask, moved, (1.37, 1.21)) == pytest.approx(3 * 1.21, rel=1e-3)
+
+
 def test_metrics_equal_the_slow_versions():
     rng, masks = np.random.default_rng(0), []
     for i in range(12):
