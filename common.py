@@ -191,7 +191,7 @@ def resolve_paths(file, names, folders, skip=None):
     All that are nowhere are named in one error; with skip=True (--skip-broken) they are None."""
     paths, missing, folders, having = [], [], list(map(str, folders)), {}
     for name in names:
-        top = name[:name.find("/", 1) + 1]  # looking for it once saves looking for each image in every folder
+        top = name[:name.find("/", 1) + 1]  # whether a folder has this part of a name is looked up once
         if top not in having:
             having[top] = [os.path.join(folder, "") for folder in folders
                            if not top or os.path.isdir(os.path.join(folder, top))]
@@ -820,14 +820,14 @@ class Decoder(torch.utils.data.Dataset):
 
 def fingerprint(paths, side):
     """What a cache is made of: every path with its size and time of change, and the resize."""
-    digest, here = hashlib.blake2b(f"4 {side}".encode(), digest_size=6), os.getcwd()
+    digest, here = hashlib.blake2b(f"4 {side}".encode(), digest_size=6), f"{os.getcwd()}/".replace("//", "/")
     for path in paths:
         if not isinstance(path, str):  # the binary maps that make one mask
             digest.update(repr(path).encode() + fingerprint([part for _, part in path], side).encode())
         elif path.startswith("demo"):
             digest.update(path.encode())
         else:
-            stat, path = os.stat(path), os.path.normpath(path if path.startswith("/") else f"{here}/{path}")
+            stat, path = os.stat(path), os.path.normpath(path if path.startswith("/") else here + path)
             digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
@@ -932,7 +932,7 @@ def measure(store, rows):
 def load_dataset(args, check=True, decode_mask=None):
     """Index, complete, cache and check the dataset that the arguments name; nothing is trained on yet.
     decode_mask(item of Split.masks, number of classes) -> (H, W, 1) uint8 asks for the masks too."""
-    gc.disable()  # it would walk the lists of a large dataset over and over, and find no cycle in them
+    gc.disable()  # it would walk the rows of a large table over and over, and find no cycle in them
     dataset = INDEX[args.dataset](args)
     for name, split in dataset.splits.items():  # None: left out by --skip-broken or --view
         dataset.splits[name] = split.take([i for i, path in enumerate(split.paths) if path])
@@ -940,6 +940,7 @@ def load_dataset(args, check=True, decode_mask=None):
     if has_split:
         read_split_file(dataset, args)
     complete_splits(dataset, args.split_seed)
+    gc.enable()
     if args.split_file and not has_split and int(os.environ.get("RANK", 0)) == 0:
         write_split_file(dataset, args)
     if args.metric:
@@ -953,7 +954,6 @@ def load_dataset(args, check=True, decode_mask=None):
         dataset.splits["train"] = limit_images(dataset.splits["train"], args.limit, args.split_seed)
     if dataset.mean is None:
         dataset.mean, dataset.std = measure(dataset.store, dataset.splits["train"].rows)
-    gc.enable()
     say(f"{dataset.name}: " + ", ".join(f"{n} {name}" for name, n in dataset.counts.items())
         + f" images, {len(dataset.classes)} classes ({some(dataset.classes, 14)})")
     return dataset
@@ -980,12 +980,21 @@ def attach_store(dataset, args, decode_mask=None):
             fail(f"{dataset.name}: not one image of {name} can be decoded")
 
 
-def read_batch(store, rows):
+def upload(values, device):
+    """Numbers or a CPU tensor on the device. On CUDA from pinned memory, as any other copy waits until the
+    GPU has done all that it was given."""
+    values = torch.as_tensor(values)
+    cuda = torch.device(device).type == "cuda"
+    return values.pin_memory().to(device, non_blocking=True) if cuda else values.to(device)
+
+
+def read_batch(store, rows, pin_memory=False):
     """Images of a store as one padded batch: pixels (B, H, W, C) uint8, sizes (B, 2) int64 as (height,
     width)."""
     shapes = store.shapes[rows]
     height, width, channels = shapes.max(0) if len(rows) else (1, 1, 1)
-    batch = torch.zeros(len(rows), height, width, int(store.shapes[:, 2].max()), dtype=torch.uint8)
+    batch = torch.zeros(len(rows), height, width, int(store.shapes[:, 2].max()), dtype=torch.uint8,
+                        pin_memory=pin_memory)
     pixels = batch.numpy()
     for i, row in enumerate(rows):
         pixels[i, :shapes[i, 0], :shapes[i, 1]] = store.image(row)  # grey spreads over three channels
@@ -994,18 +1003,14 @@ def read_batch(store, rows):
 
 def load_batches(store, batches, device):
     """Yield read_batch for each array of rows, on the device, two batches read ahead by a thread."""
-    def read(rows):
-        batch, sizes = read_batch(store, rows)
-        return (batch.pin_memory(), sizes) if device.type == "cuda" else (batch, sizes)
-
     with ThreadPoolExecutor(1) as pool:
         waiting = []
         for rows in [*batches, None, None]:
             if rows is not None:
-                waiting.append(pool.submit(read, rows))
+                waiting.append(pool.submit(read_batch, store, rows, device.type == "cuda"))
             if waiting and (len(waiting) > 2 or rows is None):
                 batch, sizes = waiting.pop(0).result()
-                yield batch.to(device, non_blocking=True), sizes.to(device)
+                yield batch.to(device, non_blocking=True), upload(sizes, device)
 
 
 def epoch_order(count, batch_size, seed, epoch):
@@ -1029,7 +1034,7 @@ class Draws:
     def uniform(self, *shape, low=0.0, high=1.0):
         """(len(rows), *shape) float32, uniform in [low, high)."""
         values = torch.rand(self.total, *shape, generator=self.generator)[self.rows]
-        return (low + (high - low) * values).to(self.device)
+        return upload(low + (high - low) * values, self.device)
 
 
 def random_boxes(draws, sizes, scale, ratio=(3 / 4, 4 / 3)):
@@ -1102,23 +1107,24 @@ def color_jitter(images, draws, strengths, probability=0.8):
     bright, contrasted, saturated = amount(brightness), amount(contrast), amount(saturation)
     turn = apply * draws.uniform(low=-hue, high=hue) * 2 * math.pi
     channels = images.shape[1]
-    luma = torch.tensor(LUMA if channels == 3 else (1.0,), device=images.device)
+    luma = upload(LUMA if channels == 3 else (1.0,), images.device)
     offset = (1 - contrasted) * bright * (images.mean((2, 3)) @ luma)
     matrix = (bright * contrasted)[:, None, None] * torch.eye(channels, device=images.device)
     if channels == 3:
         grey = luma.expand(3, 3)
         matrix = matrix @ (grey + saturated[:, None, None] * (torch.eye(3, device=images.device) - grey))
-        yiq, cos, sin = torch.tensor(YIQ, device=images.device), turn.cos(), turn.sin()
+        yiq, cos, sin = torch.tensor(YIQ), turn.cos(), turn.sin()
+        yiq, back = upload(yiq, images.device), upload(torch.linalg.inv(yiq), images.device)
         zero, one = torch.zeros_like(turn), torch.ones_like(turn)
         rotation = torch.stack([one, zero, zero, zero, cos, -sin, zero, sin, cos], 1).view(-1, 3, 3)
-        matrix = torch.linalg.inv(yiq) @ rotation @ yiq @ matrix
+        matrix = back @ rotation @ yiq @ matrix
     flat = torch.baddbmm(offset[:, None, None], matrix, images.flatten(2))
     return flat.clamp_(0, 1).view_as(images)
 
 
 def normalize(images, mean, std):
     """(B, 1 or 3, H, W) in [0, 1] -> (B, 3, H, W): grey spread over three channels, mean and std removed."""
-    mean, std = (torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in (mean, std))
+    mean, std = (upload(values, images.device).view(1, 3, 1, 1) for values in (mean, std))
     return (images - mean) / std
 
 
@@ -1321,12 +1327,12 @@ def extract(model, dataset, split, args, run, pool="auto", batch_size=128):
     """Frozen features (N, D) float32 of a split, in its order, on the CPU of every process."""
     mine = np.arange(run.rank, len(split), run.world)
     batches = [split.rows[mine[i:i + batch_size]] for i in range(0, len(mine), batch_size)]
-    parts = [torch.zeros(0, model.num_features)]
+    parts = [torch.zeros(0, model.num_features, device=run.device)]
     for images, sizes in tqdm(load_batches(dataset.store, batches, run.device), "features", len(batches),
                               leave=False, disable=run.rank > 0):
         with run.autocast():
             view = eval_view(images, sizes, args, dataset.mean, dataset.std)
-            parts.append(features(model, view, pool).cpu())
+            parts.append(features(model, view, pool))
     return gather_rows(torch.cat(parts), len(split), run)
 
 
@@ -1417,7 +1423,7 @@ def start(args):
         if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # of glibc
             # else a large tensor goes back to the system when freed, and the next faults in page by page
             libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
-            libc.mallopt(-4, 0)   # M_MMAP_MAX: no mapping apart from the heap, which ends with the tensor
+            libc.mallopt(-4, 0)   # M_MMAP_MAX: no mapping of its own for a large tensor, undone with it
     # 12 hours: rank 0 may build a large cache while the rest wait
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
@@ -1472,7 +1478,7 @@ def own_share(total, run, what="--batch-size"):
     if total % run.world:
         fail(f"{what} {total} is global and does not divide among {run.world} processes; "
              f"take {total - total % run.world or run.world}")
-    return np.arange(run.rank, total, run.world)  # PyTorch takes these, NumPy no tensor of one row
+    return np.arange(run.rank, total, run.world)  # no tensor: NumPy takes one of one element for a number
 
 
 def gather_rows(part, total, run):

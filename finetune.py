@@ -94,12 +94,12 @@ def predict(model, dataset, split, args, run, batch_size=128):
     model.eval()
     mine = np.arange(run.rank, len(split), run.world)
     batches = [split.rows[mine[i:i + batch_size]] for i in range(0, len(mine), batch_size)]
-    logits = [torch.zeros(0, len(dataset.classes))]
+    logits = [torch.zeros(0, len(dataset.classes), device=run.device)]
     loader = common.load_batches(dataset.store, batches, run.device)
     for images, sizes in tqdm(loader, "evaluating", len(batches), leave=False, disable=run.rank > 0):
         with run.autocast():
             view = common.eval_view(images, sizes, args, dataset.mean, dataset.std)
-            logits.append(model(view).float().cpu())
+            logits.append(model(view).float())
     return common.gather_rows(torch.cat(logits), len(split), run)
 
 
@@ -127,7 +127,7 @@ def train_epoch(model, optimizer, scaler, dataset, args, run, epoch, drops):
         draws = Draws((args.seed, epoch, i), args.batch_size, mine, run.device)
         with run.autocast():
             logits = model(common.train_view(images, sizes, draws, args, dataset.mean, dataset.std))
-        loss = loss_function(logits, labels[torch.from_numpy(order[i][mine]).to(run.device)])
+        loss = loss_function(logits, labels[common.upload(order[i][mine], run.device)])
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)

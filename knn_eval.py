@@ -38,10 +38,10 @@ def arguments():
 def nearest(train, queries, k, tile=2 ** 26):
     """Yield (products, rows) of the k rows of train (N, D) with the largest products with each query (M, D).
 
-    Both are (m, k), largest first, float32 and int64, for the m queries of a block after the other; a block
-    has at most 256, and about `tile` products (default 2^26, 0.25 GB). A block meets the training images in
-    slabs, and group g is the g-th image of every slab. The k largest stand in the k groups with the largest
-    maxima, so only these are sorted: about 2 sqrt(N k) numbers a query in place of N."""
+    Both are (m, k), largest first, float32 and int64, block after block of m queries; a block has at most
+    256, and about `tile` products (default 2^26, 0.25 GB). A block meets the training images in slabs, and
+    group g is the g-th image of every slab. The k largest stand in the k groups with the largest maxima, so
+    only these are sorted: about 2 sqrt(N k) numbers a query in place of N."""
     slabs = math.isqrt(len(train) // k)
     groups = math.ceil(len(train) / slabs)
     block = max(1, min(256, tile // len(train), len(queries)))
@@ -72,8 +72,8 @@ def vote(train, labels, queries, ks, temperature, tile=2 ** 26):
         weights = ((best - best[:, :1]) / temperature).exp()  # the largest is 1, whatever the temperature
         for k in ks:
             weight = weights[:, None, :k]
-            shares[k].append(((weight @ labels[where[:, :k]])[:, 0] / weight.sum(2)).cpu())
-    return {k: torch.cat(parts) for k, parts in shares.items()}
+            shares[k].append((weight @ labels[where[:, :k]])[:, 0] / weight.sum(2))
+    return {k: torch.cat(parts).cpu() for k, parts in shares.items()}
 
 
 def main():

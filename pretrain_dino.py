@@ -184,7 +184,8 @@ def koleo(features, run):
     others[run.rank] = x  # so the gradient is that of one's own rows
     x = torch.cat(others)
     with torch.no_grad():
-        nearest = (x @ x.T).fill_diagonal_(-2).argmax(1)
+        # exact, unlike a product in TF32, which cannot tell alike images' neighbours apart
+        nearest = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(3).argmin(1)
     return -((x - x[nearest]).norm(dim=1) + 1e-8).log().mean()
 
 
@@ -231,7 +232,7 @@ def grey(images, draws, probability):
     """Colour taken out, with a probability a sample. images (B, C, H, W)."""
     if images.shape[1] == 1:
         return images
-    luma = torch.tensor(common.LUMA, device=images.device).view(1, 3, 1, 1)
+    luma = common.upload(common.LUMA, images.device).view(1, 3, 1, 1)
     chosen = (draws.uniform() < probability).view(-1, 1, 1, 1)
     return torch.where(chosen, (images * luma).sum(1, keepdim=True), images)
 
@@ -247,7 +248,7 @@ def make_crops(images, sizes, draws, args, mean, std):
     views, large, small = [], (args.global_scale, args.image_size), (args.local_scale, args.local_size)
     for view in range(2 + args.local_crops):
         scale, side = large if view < 2 else small
-        flips = (draws.uniform(2) < 0.5) & torch.tensor([False, True], device=draws.device)
+        flips = (draws.uniform(2) < 0.5) & common.upload([False, True], draws.device)
         crop = common.crop_resize(images, common.random_boxes(draws, sizes, scale), side, flips)
         crop = grey(common.color_jitter(crop, draws, args.jitter), draws, args.grey)
         crop = blur(crop, draws, args.blur[min(view, 2)])
