@@ -820,7 +820,7 @@ class Decoder(torch.utils.data.Dataset):
 
 def fingerprint(paths, side):
     """What a cache is made of: every path with its size and time of change, and the resize."""
-    digest, here = hashlib.blake2b(f"4 {side}".encode(), digest_size=6), f"{os.getcwd()}/".replace("//", "/")
+    digest, here = hashlib.blake2b(f"4 {side}".encode(), digest_size=6), os.path.join(os.getcwd(), "")
     for path in paths:
         if not isinstance(path, str):  # the binary maps that make one mask
             digest.update(repr(path).encode() + fingerprint([part for _, part in path], side).encode())

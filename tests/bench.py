@@ -727,11 +727,12 @@ def main():
     context = multiprocessing.get_context("forkserver")  # which imports this file, and so torch, once
     with tempfile.TemporaryDirectory() as folder:
         photographs(folder, 512 if kind == "cuda" else 64)
-        for case in all_cases(kind == "cuda", options.quick):  # the k-NN vote is in fp32 everywhere
+        for case in all_cases(kind == "cuda", options.quick):
             case.folder, case.device = folder, kind
             if case.stage in options.stage:
                 begin = time.time()
                 rounds = options.rounds or (2 if options.quick else 4)
+                # the k-NN vote is in fp32 everywhere
                 row = measure(context, case, rounds, peak_fp32 if case.stage == "knn" else peak)
                 rows.append(row)
                 print(f"{case.name}: {figure(row['ours'])} against {figure(row['plain'])} {case.unit}, ratio "
