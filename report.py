@@ -436,9 +436,13 @@ def figures(runs, groups, output):
         if files:  # the newest
             shutil.copyfile(files[-1], output / name)
         if files and name == "figure2.png":
-            record = json.loads(files[-1].with_suffix(".json").read_text())
-            captions[name] += " " + ", ".join(f"{model} has a mean IoU of {number(iou)}" for model, iou in
-                                              zip(record["names"], record["iou"])) + "."
+            try:
+                record = json.loads(files[-1].with_suffix(".json").read_text())
+                scores = [f"{model} has a mean IoU of {number(iou)}" for model, iou in
+                          zip(record["names"], record["iou"])]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                scores = [f"{files[-1].with_suffix('.json')} cannot be read ({error!r})"]
+            captions[name] += f" {', '.join(scores)}."
         if len(files) > 1:
             captions[name] += f" {files[-1]} is shown; there are {len(files) - 1} more."
     return [(name if (output / name).exists() else None, f"Figure {name[6]}. {caption}")

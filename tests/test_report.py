@@ -94,6 +94,8 @@ def test_runs_that_do_not_belong_together_are_kept_apart(tmp_path):
     (tmp_path / "damaged" / "metrics.json").write_text('{"stage": "finet')
     (tmp_path / "running").mkdir()
     (tmp_path / "running" / "args.json").write_text("{}")
+    Image.new("RGB", (8, 8)).save(tmp_path / "comparison.png")
+    (tmp_path / "comparison.json").write_text('{"runs": [')
     done = stage("report.py", tmp_path, "--output", "report", cwd=tmp_path)
     text = (tmp_path / "report" / "report.md").read_text()
     assert "0.800 [0.000, 1.000] (n = 1)" in text and "0.200 [0.000, 1.000] (n = 1)" in text
@@ -101,6 +103,7 @@ def test_runs_that_do_not_belong_together_are_kept_apart(tmp_path):
     assert "do not belong together" in text
     assert ("damaged" in text and "running" in text
             and "incomplete" in done.stderr and "cannot be used" in done.stderr)
+    assert "comparison.json cannot be read" in text and (tmp_path / "report" / "figure2.png").exists()
 
 
 def test_answers_go_as_far_as_the_numbers(tmp_path):
