@@ -190,7 +190,8 @@ def runs(tmp_path_factory):
 
 def test_the_grid_on_masks(runs):
     args = ["saliency.py", "--runs", "cnn", "vit", "--images", "5", "--score-images", "24", *TINY[2:]]
-    stage(*args, "--output", "out", cwd=runs)
+    said = stage(*args, "--output", "out", cwd=runs).stdout
+    assert "Grad-CAM of cnn has only 2 x 2 places at 64 pixels" in said and "of vit has" not in said
     result = metrics(runs / "out")
     assert [(run["name"], run["method"]) for run in result["runs"]] == [("cnn", "gradcam"),
                                                                         ("vit", "attention")]
