@@ -827,8 +827,13 @@ def fingerprint(paths, side):
         elif path.startswith("demo"):
             digest.update(path.encode())
         else:
-            stat, path = os.stat(path), os.path.normpath(path if path.startswith("/") else here + path)
-            digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+            try:
+                stat = os.stat(path)
+                state = f"{stat.st_size} {stat.st_mtime_ns}"
+            except OSError:  # a link to nothing: decoding will name it
+                state = "missing"
+            path = os.path.normpath(path if path.startswith("/") else here + path)
+            digest.update(f"{path} {state}\n".encode())
     return digest.hexdigest()
 
 

@@ -51,10 +51,12 @@ def test_undecodable_files_are_all_named(folder_data, tmp_path):
     Image.fromarray(noise).save(tmp_path / "whole.jpg")
     half = (tmp_path / "whole.jpg").read_bytes()[:20000]
     (folder_data / "test" / "level" / "half.jpg").write_bytes(half)
+    (folder_data / "test" / "level" / "link.png").symlink_to("nowhere.png")
     args = ["--dataset", "folder", "--data-dir", "data"]
-    refused(finetune(tmp_path, *args), "2 of 39 images", "words.png", "half.jpg", "--skip-broken")
+    refused(finetune(tmp_path, *args), "3 of 40 images", "words.png", "half.jpg", "link.png",
+            "--skip-broken")
     done = stage("finetune.py", *QUICK, *args, "--skip-broken", cwd=tmp_path)
-    assert "13 test images" in done.stdout and "left out: 2 of 39" in done.stdout
+    assert "13 test images" in done.stdout and "left out: 3 of 40" in done.stdout
 
 
 def test_csv_mistakes(csv_data, tmp_path):
