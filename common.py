@@ -998,8 +998,9 @@ def read_batch(store, rows, pin_memory=False):
     width)."""
     shapes = store.shapes[rows]
     height, width, channels = shapes.max(0) if len(rows) else (1, 1, 1)
-    batch = torch.zeros(len(rows), height, width, int(store.shapes[:, 2].max()), dtype=torch.uint8,
-                        pin_memory=pin_memory)
+    make = torch.zeros if (shapes[:, :2] < (height, width)).any() else torch.empty  # pad only if need be
+    batch = make(len(rows), height, width, int(store.shapes[:, 2].max()), dtype=torch.uint8,
+                 pin_memory=pin_memory)
     pixels = batch.numpy()
     for i, row in enumerate(rows):
         pixels[i, :shapes[i, 0], :shapes[i, 1]] = store.image(row)  # grey spreads over three channels
@@ -1007,15 +1008,29 @@ def read_batch(store, rows, pin_memory=False):
 
 
 def load_batches(store, batches, device):
-    """Yield read_batch for each array of rows, on the device, two batches read ahead by a thread."""
-    with ThreadPoolExecutor(1) as pool:
+    """Yield read_batch for each array of rows, on the device. The next two are read ahead by two threads,
+    and on CUDA copied on a stream of their own, beside the step that is at work."""
+    copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def fetch(rows):
+        batch = read_batch(store, rows, copies is not None)
+        if copies is None:
+            return [part.to(device) for part in batch], None
+        with torch.cuda.stream(copies):
+            return [upload(part, device) for part in batch], copies.record_event()
+
+    with ThreadPoolExecutor(2) as pool:
         waiting = []
         for rows in [*batches, None, None]:
             if rows is not None:
-                waiting.append(pool.submit(read_batch, store, rows, device.type == "cuda"))
+                waiting.append(pool.submit(fetch, rows))
             if waiting and (len(waiting) > 2 or rows is None):
-                batch, sizes = waiting.pop(0).result()
-                yield batch.to(device, non_blocking=True), upload(sizes, device)
+                batch, copied = waiting.pop(0).result()
+                if copied is not None:
+                    copied.wait()  # the stream of the step does
+                    for part in batch:  # whose memory the next copy must not take before the step is done
+                        part.record_stream(torch.cuda.current_stream())
+                yield batch
 
 
 def epoch_order(count, batch_size, seed, epoch):
