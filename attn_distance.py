@@ -71,8 +71,9 @@ def measure(model, read, dataset, split, view, args, run):
     batches = [split.rows[mine[i:i + args.batch_size]] for i in range(0, len(mine), args.batch_size)]
     loader, totals, tables = common.load_batches(dataset.store, batches, run.device), 0, {}
     for images, sizes in tqdm(loader, view.init, len(batches), leave=False, disable=run.rank > 0):
+        seen = common.eval_view(images, sizes, view, view.mean, view.std)
         with run.autocast():
-            maps = read(common.eval_view(images, sizes, view, view.mean, view.std))
+            maps = read(seen)
         reach = []
         for attention in maps:
             prefix = attention.shape[3] - grid[0] * grid[1]
@@ -81,13 +82,13 @@ def measure(model, read, dataset, split, view, args, run):
                 tables[kept] = token_distances(grid, patch, kept).to(run.device)
             attention = attention[:, :, prefix - kept:, prefix - kept:]
             reach.append(mean_attention_distance(attention, tables[kept], not args.no_renormalize))
-        reach = torch.stack(reach).double().cpu()  # (blocks, B, heads)
+        reach = torch.stack(reach).cpu().double()  # (blocks, B, heads)
         totals = totals + torch.stack([reach.sum(1), (reach ** 2).sum(1)])
     if run.world > 1:
         dist.all_reduce(totals)
     mean, square = totals / len(split)
     error = ((square - mean ** 2).clamp(min=0) / (len(split) - 1)).sqrt()
-    uniform = tables[max(tables)].double().mean().item()
+    uniform = tables[max(tables)].cpu().double().mean().item()
     return {"uniform": uniform, "mean": mean.numpy(), "error": error.numpy()}
 
 

@@ -1331,29 +1331,35 @@ def attention_reader(model):
 
 
 def features(model, images, pool="auto"):
-    """(B, D) float32: the CLS token of a ViT ("cls"), the mean of its patch tokens ("mean") or, for "auto",
+    """(B, D): the CLS token of a ViT ("cls"), the mean of its patch tokens ("mean") or, for "auto",
     what the model itself feeds its classifier: CLS for DeiT, the pooled map for a CNN."""
     tokens = model.forward_features(images)
     if pool == "auto" or tokens.ndim != 3:
-        return model.forward_head(tokens, pre_logits=True).float()
+        return model.forward_head(tokens, pre_logits=True)
     prefix = getattr(model, "num_prefix_tokens", 0)
     if pool == "cls" and not prefix:
         fail(f"--pool cls: {type(model).__name__} has no CLS token")
-    return (tokens[:, 0] if pool == "cls" else tokens[:, prefix:].mean(1)).float()
+    return tokens[:, 0] if pool == "cls" else tokens[:, prefix:].mean(1)
 
 
 @torch.inference_mode()
-def extract(model, dataset, split, args, run, pool="auto", batch_size=128):
-    """Frozen features (N, D) float32 of a split, in its order, on the CPU of every process."""
+def outputs(function, width, dataset, split, args, run, what, batch_size=128):
+    """function(images as evaluation sees them) -> (B, width) of a whole split: (N, width) float32, in its
+    order, on the CPU of every process. what: a word for the progress bar."""
     mine = np.arange(run.rank, len(split), run.world)
     batches = [split.rows[mine[i:i + batch_size]] for i in range(0, len(mine), batch_size)]
-    parts = [torch.zeros(0, model.num_features, device=run.device)]
-    for images, sizes in tqdm(load_batches(dataset.store, batches, run.device), "features", len(batches),
-                              leave=False, disable=run.rank > 0):
+    loader, parts = load_batches(dataset.store, batches, run.device), [torch.zeros(0, width, device=run.device)]
+    for images, sizes in tqdm(loader, what, len(batches), leave=False, disable=run.rank > 0):
+        view = eval_view(images, sizes, args, dataset.mean, dataset.std)
         with run.autocast():
-            view = eval_view(images, sizes, args, dataset.mean, dataset.std)
-            parts.append(features(model, view, pool))
+            parts.append(function(view).float())
     return gather_rows(torch.cat(parts), len(split), run)
+
+
+def extract(model, dataset, split, args, run, pool="auto", batch_size=128):
+    """Frozen features (N, D) float32 of a split, in its order, on the CPU of every process."""
+    return outputs(partial(features, model, pool=pool), model.num_features, dataset, split, args, run,
+                   "features", batch_size)
 
 
 class SyncBatchNorm(torch.nn.modules.batchnorm._BatchNorm):

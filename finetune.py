@@ -88,19 +88,9 @@ def freeze_backbone(model):
         parameter.requires_grad = True
 
 
-@torch.inference_mode()
-def predict(model, dataset, split, args, run, batch_size=128):
+def predict(model, dataset, split, args, run):
     """Logits (N, classes) float32 on the CPU, in the split's order, on every process."""
-    model.eval()
-    mine = np.arange(run.rank, len(split), run.world)
-    batches = [split.rows[mine[i:i + batch_size]] for i in range(0, len(mine), batch_size)]
-    logits = [torch.zeros(0, len(dataset.classes), device=run.device)]
-    loader = common.load_batches(dataset.store, batches, run.device)
-    for images, sizes in tqdm(loader, "evaluating", len(batches), leave=False, disable=run.rank > 0):
-        with run.autocast():
-            view = common.eval_view(images, sizes, args, dataset.mean, dataset.std)
-            logits.append(model(view).float())
-    return common.gather_rows(torch.cat(logits), len(split), run)
+    return common.outputs(model.eval(), len(dataset.classes), dataset, split, args, run, "evaluating")
 
 
 def probabilities(logits, task):
@@ -125,8 +115,9 @@ def train_epoch(model, optimizer, scaler, dataset, args, run, epoch, drops):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.epochs * len(order), args, drops)
         draws = Draws((args.seed, epoch, i), args.batch_size, mine, run.device)
+        view = common.train_view(images, sizes, draws, args, dataset.mean, dataset.std)
         with run.autocast():
-            logits = model(common.train_view(images, sizes, draws, args, dataset.mean, dataset.std))
+            logits = model(view)
         loss = loss_function(logits, labels[common.upload(order[i][mine], run.device)])
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()

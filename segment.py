@@ -427,8 +427,9 @@ def evaluate(model, dataset, split, args, run, distances=False, batch_size=32):
                 common.load_batches(dataset.mask_store, batches, run.device))
     for rows, (images, sizes), (masks, mask_sizes) in tqdm(pairs, "evaluating", len(batches), leave=False,
                                                            disable=run.rank > 0):
+        view = whole_view(images, sizes, args, dataset.mean, dataset.std)
         with run.autocast():
-            logits = model(whole_view(images, sizes, args, dataset.mean, dataset.std))
+            logits = model(view)
         boxes, flips = (torch.cat([torch.zeros_like(mask_sizes), mask_sizes], 1),
                         torch.zeros_like(mask_sizes) > 0)
         targets = crop_masks(masks[..., 0], boxes, args.image_size, flips)
@@ -647,8 +648,9 @@ def predict_masks(model, store, rows, args, meta, run, sizes_of):
     batches = [rows[i:i + 32] for i in range(0, len(rows), 32)]
     loader, done = common.load_batches(store, batches, run.device), 0
     for images, sizes in tqdm(loader, "predicting", len(batches), leave=False, disable=run.rank > 0):
+        view = whole_view(images, sizes, args, meta["mean"], meta["std"])
         with run.autocast():
-            logits = model(whole_view(images, sizes, args, meta["mean"], meta["std"]))
+            logits = model(view)
         for coarse in logits:
             yield full_size(coarse, sizes_of(done)).cpu().numpy()
             done += 1
