@@ -19,6 +19,7 @@ import shlex
 import shutil
 import sys
 import textwrap
+import time
 import warnings
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -1478,6 +1479,9 @@ def launch(main):
         raise SystemExit(130)
     finally:
         if dist.is_initialized():
+            # before 2.8 PyTorch ends the group holding the lock that gloo's thread may want, to let go of the
+            # last message, and both wait for ever (github.com/pytorch/pytorch/pull/154976)
+            time.sleep(0.1)
             dist.destroy_process_group()
 
 
