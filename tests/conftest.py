@@ -93,7 +93,7 @@ def killed(script, *args, cwd, log, lines, text):
 def refused(done, *words):
     """The contract of an error: exit code 2, one line on stderr, it starts with error:, has all `words`."""
     lines = [line for line in done.stderr.replace("\r", "\n").splitlines()
-             if line.strip() and "caching: " not in line]
+             if line.strip() and "caching: " not in line and not line.startswith("Downloading: ")]
     assert done.returncode == 2, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
     for word in words:
