@@ -272,7 +272,7 @@ def look(model, read, meta, dataset, split, drawn, args, run):
                 scores[kind] += map(localisation, full[kind].numpy(), kept[kind].numpy(), masks)
             else:
                 scores[kind] += curves(model, images, full[kind].to(run.device), targets, meta["task"], run)
-    if smooth and min(maps.shape[1:]) < 4:  # strided convolutions pad above and left, hardly below and right
+    if min(maps.shape[1:]) < 4 and not hasattr(model, "patch_embed"):  # strides pad above and left alone
         say(f"note: Grad-CAM of {meta['name']} has only {maps.shape[1]} x {maps.shape[2]} places at {size} "
             "pixels, and padding alone makes one corner stand out; train at 224 pixels for 7 x 7")
     return scores, pictures, np.concatenate(every), blank
