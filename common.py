@@ -26,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -1008,19 +1008,29 @@ def read_batch(store, rows, pin_memory=False):
     return batch, torch.from_numpy(shapes[:, :2].astype(np.int64))
 
 
+@cache  # one for all loaders: memory belongs to the stream that it was first used on
+def copy_stream(device):
+    """The CUDA stream of a device on which images are copied to it."""
+    return torch.cuda.Stream(device)
+
+
 def load_batches(store, batches, device):
     """Yield read_batch for each array of rows, on the device. The next two are read ahead by two threads,
     and on CUDA copied on a stream of their own, beside the step that is at work."""
-    copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+    cuda = device.type == "cuda"
+
+    def enter():  # a thread starts on GPU 0, and would leave memory of this process there
+        if cuda:
+            torch.cuda.set_device(device)
 
     def fetch(rows):
-        batch = read_batch(store, rows, copies is not None)
-        if copies is None:
-            return [part.to(device) for part in batch], None
-        with torch.cuda.stream(copies):
-            return [upload(part, device) for part in batch], copies.record_event()
+        batch = read_batch(store, rows, cuda)
+        if not cuda:
+            return batch, None
+        with torch.cuda.stream(copy_stream(device)):
+            return [upload(part, device) for part in batch], torch.cuda.current_stream().record_event()
 
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(2, initializer=enter) as pool:
         waiting = []
         for rows in [*batches, None, None]:
             if rows is not None:
@@ -1031,7 +1041,7 @@ def load_batches(store, batches, device):
                     copied.wait()  # the stream of the step does
                     for part in batch:  # whose memory the next copy must not take before the step is done
                         part.record_stream(torch.cuda.current_stream())
-                yield batch
+                yield [part.to(device) for part in batch]
 
 
 def epoch_order(count, batch_size, seed, epoch):
@@ -1349,7 +1359,8 @@ def outputs(function, width, dataset, split, args, run, what, batch_size=128):
     order, on the CPU of every process. what: a word for the progress bar."""
     mine = np.arange(run.rank, len(split), run.world)
     batches = [split.rows[mine[i:i + batch_size]] for i in range(0, len(mine), batch_size)]
-    loader, parts = load_batches(dataset.store, batches, run.device), [torch.zeros(0, width, device=run.device)]
+    loader = load_batches(dataset.store, batches, run.device)
+    parts = [torch.zeros(0, width, device=run.device)]
     for images, sizes in tqdm(loader, what, len(batches), leave=False, disable=run.rank > 0):
         view = eval_view(images, sizes, args, dataset.mean, dataset.std)
         with run.autocast():
