@@ -1,7 +1,7 @@
 """How far attention reaches: the mean attention distance of every head and block, in pixels.
 
     python attn_distance.py --runs random runs/RUN
-    python attn_distance.py --runs random imagenet RUN --arch deit_small --dataset folder --data-dir DIR
+    python attn_distance.py --runs random imagenet RUN --arch deit_small --data data/mine
 
 Matsoukas et al. 2023, figure 5, after Dosovitskiy et al. 2021, appendix D.7: over 512 test images, for each
 query patch the sum over key patches of attention times the Euclidean distance to them, averaged over queries.
@@ -35,7 +35,7 @@ def arguments():
     group.add_argument("--no-renormalize", action="store_true",
                        help="take attention as it is: what goes to CLS then counts as distance 0")
     group.add_argument("--batch-size", type=int, default=16, help="images at a time and process (default 16)")
-    args = common.parse(parser)
+    args = common.parse(parser, "attn_distance")
     if args.images < 2:
         fail(f"--images {args.images}: at least 2, for a standard error")
     if args.compile:
@@ -63,15 +63,14 @@ def mean_attention_distance(attention, distances, renormalize=True):
     return reach.mean(2)
 
 
-def measure(model, read, dataset, split, view, args, run):
-    """Distances of all heads over a split: {"uniform": pixels, "mean" and "error": (blocks, heads)}; error is
+def measure(model, read, dataset, rows, view, args, run):
+    """Distances of all heads over rows of a dataset: {"uniform": pixels, "mean" and "error": (blocks, heads)}; error is
     the standard error over images. Memory holds one batch's attention, however many images there are."""
     grid, patch = model.patch_embed.grid_size, model.patch_embed.patch_size
-    mine = np.arange(run.rank, len(split), run.world)
-    batches = [split.rows[mine[i:i + args.batch_size]] for i in range(0, len(mine), args.batch_size)]
-    loader, totals, tables = common.load_batches(dataset.store, batches, run.device), 0, {}
-    for images, sizes in tqdm(loader, view.init, len(batches), leave=False, disable=run.rank > 0):
-        seen = common.eval_view(images, sizes, view, view.mean, view.std)
+    batches = common.shards(rows, run, args.batch_size)
+    loader, totals, tables = common.load_batches(dataset.images, batches, run.device), 0, {}
+    for images in tqdm(loader, view.init, len(batches), leave=False, disable=run.rank > 0):
+        seen = common.eval_view(images, view.image_size, view.mean, view.std)
         with run.autocast():
             maps = read(seen)
         reach = []
@@ -86,8 +85,8 @@ def measure(model, read, dataset, split, view, args, run):
         totals = totals + torch.stack([reach.sum(1), (reach ** 2).sum(1)])
     if run.world > 1:
         dist.all_reduce(totals)
-    mean, square = totals / len(split)
-    error = ((square - mean ** 2).clamp(min=0) / (len(split) - 1)).sqrt()
+    mean, square = totals / len(rows)
+    error = ((square - mean ** 2).clamp(min=0) / (len(rows) - 1)).sqrt()
     uniform = tables[max(tables)].cpu().double().mean().item()
     return {"uniform": uniform, "mean": mean.numpy(), "error": error.numpy()}
 
@@ -103,7 +102,7 @@ def open_model(name, args):
             fail(f"--runs {name}: no model.pt there; give a run folder, a checkpoint, or {', '.join(NAMED)}")
         view.init, label = str(path), path.resolve().parent.name if path.name == "model.pt" else path.stem
         meta = common.read_checkpoint(path, args.init_key)[1]
-        for key in ("arch", "image_size", "resize", "mean", "std"):  # others' files know none of them
+        for key in ("arch", "image_size", "mean", "std"):  # others' files know none of them
             setattr(view, key, meta.get(key) or getattr(view, key))
     model, pretrained_on = common.build_model(view, 0)
     read = common.attention_reader(model)
@@ -133,7 +132,7 @@ def draw(path, results):
     common.draw_plot(path, panels, (400, 360), 2)
 
 
-def finish(folder, dataset, split, results, args, run, seconds):
+def finish(folder, dataset, measured, results, args, run, seconds):
     """Write attn_distance.csv, attn_distance.png and, last, metrics.json."""
     rows, runs = [], []
     for facts, result in results:
@@ -141,7 +140,7 @@ def finish(folder, dataset, split, results, args, run, seconds):
         points = [{"block": b + 1, "head": h + 1, "distance": float(mean[b, h]),
                    "standard_error": float(error[b, h])} for b, h in np.ndindex(mean.shape)]
         rows += [[facts["run"], facts["arch"], *point.values(), result["uniform"]] for point in points]
-        runs.append({**facts, "images": len(split), "uniform": result["uniform"], "mean": float(mean.mean()),
+        runs.append({**facts, "images": measured, "uniform": result["uniform"], "mean": float(mean.mean()),
                      "first_block": float(mean[0].mean()), "last_block": float(mean[-1].mean()),
                      "points": points})
     head = ["run", "arch", "block", "head", "distance", "standard_error", "uniform"]
@@ -152,14 +151,14 @@ def finish(folder, dataset, split, results, args, run, seconds):
         "init": ", ".join(one["init"] for one in runs), "pretrained_on": [r["pretrained_on"] for r in runs],
         "seed": args.seed, "metric": "attention_distance", "unit": "pixels", "runs": runs, "val": {},
         "test": {one["run"]: one["mean"] for one in runs}, "include_cls": args.include_cls,
-        "renormalize": not args.no_renormalize, "counts": {**dataset.counts, "measured": len(split)},
-        "epochs": 0, "seconds": seconds, "images_per_second": len(split) * len(runs) / seconds,
+        "renormalize": not args.no_renormalize, "counts": {**dataset.counts, "measured": measured},
+        "epochs": 0, "seconds": seconds, "images_per_second": measured * len(runs) / seconds,
         "device": common.device_name(run.device), "amp": run.amp, "world_size": run.world,
         "summary": "; ".join(f"{one['name']} {one['first_block']:.1f} pixels in the first block, "
                              f"{one['last_block']:.1f} in the last" for one in runs)})
     names = ["first_block", "last_block", "mean", "uniform"]
     common.print_table(["pixels", *names], [[one["name"], *(f"{one[n]:.1f}" for n in names)] for one in runs])
-    say(f"{len(split)} test images, {len(split) * len(runs) / seconds:.1f} images/s\nwritten: {folder}")
+    say(f"{measured} test images, {measured * len(runs) / seconds:.1f} images/s\nwritten: {folder}")
 
 
 def main():
@@ -167,29 +166,24 @@ def main():
     args = arguments()
     run = common.start(args)
     timm.layers.set_fused_attn(False)  # before any model is built: fused attention never forms the map
+    dataset = common.load_dataset(args, ("test",))
     names = [Path(name).name for name in args.runs]
-    args.output = args.output or "-".join(["runs/attn_distance", args.dataset, *names])
-    folder = common.open_run(args, run, "attn_distance")
-    models, datasets = [open_model(name, args) for name in args.runs], {}
-    for _, _, view, _ in models:
-        if view.resize not in datasets:
-            datasets[view.resize] = common.load_dataset(view, check=False)
-    splits = {resize: common.limit_images(dataset.splits["test"], args.images, args.split_seed)
-              for resize, dataset in datasets.items()}
-    measured = len(splits[view.resize])
-    if measured < max(2, run.world):
-        fail(f"{measured} test images are too few, for a standard error or for {run.world} processes")
-    if measured < args.images:
-        say(f"note: there are {measured} test images, not {args.images}; all are used")
-    common.write_args(folder, args, run, ["attn_distance.csv", "attn_distance.png"])
+    args.output = args.output or "-".join(["runs/attn_distance", dataset.name, *names])
+    folder = common.open_run(args, run, dataset)
+    models = [open_model(name, args) for name in args.runs]
+    rows = common.limit_images(dataset, "test", args.images)
+    if len(rows) < max(2, run.world):
+        fail(f"{len(rows)} test images are too few, for a standard error or for {run.world} processes")
+    if len(rows) < args.images:
+        say(f"note: there are {len(rows)} test images, not {args.images}; all are used")
+    common.write_args(folder, args, run, dataset, ["attn_distance.csv", "attn_distance.png"])
     results, begin = [], time.time()
     for model, read, view, facts in models:
-        dataset, split = datasets[view.resize], splits[view.resize]
         view.mean, view.std = view.mean or dataset.mean, view.std or dataset.std
         common.to_device(model, run)
-        results.append((facts, measure(model, read, dataset, split, view, args, run)))
+        results.append((facts, measure(model, read, dataset, rows, view, args, run)))
     if run.rank == 0:
-        finish(folder, dataset, split, results, args, run, time.time() - begin)
+        finish(folder, dataset, len(rows), results, args, run, time.time() - begin)
 
 
 if __name__ == "__main__":

@@ -1,47 +1,45 @@
-"""What every stage needs, in four parts: data (index, cache, loader), augmentation, models, run helpers.
+"""What every stage needs, in four parts: data (files, the prepared folder, the loader), augmentation, models, the run.
 
 A stage imports this file and nothing else of the project; to use one elsewhere, copy both files.
 """
 import argparse
 import csv
 import ctypes
-import fcntl
 import gc
 import hashlib
+import io
 import json
 import math
 import os
 import pickle
 import platform
-import random
-import re
 import shlex
-import shutil
+import subprocess
 import sys
 import textwrap
 import time
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache, partial
 from fnmatch import fnmatch
+from functools import cache, partial
 from pathlib import Path
 
+import filelock
 import numpy as np
 import timm
 import torch
 import torch.distributed as dist
 import torchvision
-from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 Image.MAX_IMAGE_PIXELS = None  # mammograms and slides pass Pillow's limit; it guards web servers, not studies
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm"}
-SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
-               "dev": "val", "test": "test", "testing": "test"}
+DEMO = "data/demo"  # the default of --data, which prepares itself
+SPLITS = ("train", "val", "test")
 
 
 def fail(message):
@@ -64,927 +62,467 @@ def some(names, most=5):
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-# ---------------------------------------------------------------- data: index -------------------------------
+# ---------------------------------------------------------------- data: image files -------------------------
 
-@dataclass
-class Split:
-    """The images of one split: paths (N), labels (N,) int64 or (N, L) float32 or None, groups (N) such as
-    patients or None, masks (N) paths or None, rows (N,) int64: where each image stands in the store."""
-    paths: list
-    labels: np.ndarray = None
-    groups: list = None
-    masks: list = None
-    rows: np.ndarray = None
+Image.init()
+NOT_IMAGES = {".h5", ".hdf", ".bufr", ".grib", ".mpg", ".mpeg", ".eps", ".ps", ".wmf", ".emf"}  # stubs of Pillow's
+DICOM = {".dcm", ".dicom"}
+SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+SUFFIXES = SUFFIXES - NOT_IMAGES | DICOM
 
-    def __len__(self):
-        return len(self.paths)
 
-    def take(self, keep):
-        """The images at the positions `keep`, in that order."""
-        pick = lambda values: None if values is None else [values[i] for i in keep]  # noqa: E731
-        index = np.asarray(keep, dtype=np.int64)
-        return Split(pick(self.paths), None if self.labels is None else self.labels[index], pick(self.groups),
-                     pick(self.masks), None if self.rows is None else self.rows[index])
+def is_dicom(path):
+    """Whether a file is DICOM: by its suffix or, as scanners leave it out, by the mark in its head."""
+    suffix = Path(path).suffix.lower()
+    if suffix in SUFFIXES:
+        return suffix in DICOM
+    try:
+        with open(path, "rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
+def files_under(folder):
+    """(image files, other files) under a folder, each sorted: paths below it with forward slashes. Links to folders
+    are followed; hidden files and the folders that notebooks and archives leave behind are passed over."""
+    images, others, seen = [], [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # a link to a folder above it
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if name[0] != "." and name != "__MACOSX"]
+        below = os.path.relpath(place, folder).replace(os.sep, "/") + "/"
+        below = below.removeprefix("./")
+        for name in names:
+            if name[0] == "." or name in ("Thumbs.db", "desktop.ini"):
+                continue
+            suffix = os.path.splitext(name)[1].lower()
+            known = suffix in SUFFIXES or (not suffix or suffix[1:].isdigit()) and is_dicom(os.path.join(place, name))
+            (images if known else others).append(below + name)
+    return sorted(images), sorted(others)
+
+
+def to_8_bit(values):
+    """Numbers of any range as uint8, over their own range; what is not finite becomes black or white."""
+    values = np.asarray(values, dtype=np.float64)
+    finite = values[np.isfinite(values)]
+    low, high = (finite.min(), finite.max()) if finite.size else (0, 0)
+    scaled = (values - low) / max(high - low, 1e-12)
+    return np.round(255 * np.nan_to_num(scaled, nan=0, posinf=1, neginf=0)).astype(np.uint8)
+
+
+def import_pydicom():
+    """The package that reads DICOM files, or an error."""
+    try:
+        import pydicom.pixels
+    except ImportError:
+        fail("DICOM files are read by pydicom 3, which is missing: pip install pydicom")
+    return pydicom
+
+
+def read_dicom(path):
+    """(pixels (H, W, C) uint8, note) of a DICOM file: rescaled, seen through its first VOI window or table, upright
+    grey (MONOCHROME1 inverted). Without a window its values are scaled over their own range."""
+    pydicom = import_pydicom()
+    data = pydicom.dcmread(path)
+    values, note = data.pixel_array, ""
+    if int(data.get("NumberOfFrames", 1) or 1) > 1:
+        note = f"{data.NumberOfFrames} frames, the first is used"
+        values = values[0]
+    if data.get("SamplesPerPixel", 1) > 1:
+        return (values if values.dtype == np.uint8 else to_8_bit(values)), note
+    values = pydicom.pixels.apply_modality_lut(values, data).astype(np.float64)
+    if "WindowCenter" in data and data.get("VOILUTFunction", "LINEAR") != "SIGMOID" and "VOILUTSequence" not in data:
+        center, width = (np.atleast_1d(data[name].value)[0] for name in ("WindowCenter", "WindowWidth"))
+        if data.get("VOILUTFunction", "LINEAR") == "LINEAR":  # PS3.3, C.11.2.1.2.1
+            center, width = center - 0.5, max(width - 1, 1e-6)
+        pixels = np.round(255 * np.clip((values - center) / width + 0.5, 0, 1)).astype(np.uint8)
+    else:
+        pixels = to_8_bit(pydicom.pixels.apply_voi_lut(values, data))  # as they are, without a table
+    return (255 - pixels if data.PhotometricInterpretation == "MONOCHROME1" else pixels)[..., None], note
+
+
+def read_deep_colour(path, image):
+    """(H, W, C) uint8 of an image whose colours have 16 bits a channel, over their own range; transparent is black."""
+    if image.format != "PNG":
+        raise ValueError(f"colours of 16 bits a channel can be read from PNG alone, not from {image.format}: save it so")
+    values = torchvision.io.decode_image(path, "UNCHANGED", apply_exif_orientation=True).permute(1, 2, 0).numpy()
+    values = values.astype(np.float64)
+    if values.shape[2] in (2, 4):
+        values = values[..., :-1] * (values[..., -1:] / 65535)
+    return to_8_bit(values)
+
+
+def read_image(path, side=None):
+    """A file as (pixels (H, W, C) uint8 with C = 1 for grey and 3 for colour, (height, width) of the file, a note on
+    what was left out of it or "").
+
+    Greys of more than 8 bits and colours of 16 bits a channel are scaled over their own range; EXIF rotation is
+    applied; transparent pixels become black; three equal channels become one. A JPEG may be decoded smaller than it
+    is, never below twice `side`."""
+    path = str(path)
+    if is_dicom(path):
+        pixels, note = read_dicom(path)
+        return one_channel(pixels), pixels.shape[:2], note
+    with Image.open(path) as image:
+        # the decoder's arguments tell the depth that modes do not; they are gone once a PNG's EXIF is read
+        how = image.tile[0][3] if image.tile else ""
+        pages = getattr(image, "n_frames", 1)
+        note = f"{pages} pages, the first is used" if pages > 1 else ""
+        upright = image.getexif().get(274, 1) < 5  # orientations 5 to 8 lie on their side
+        size = image.size[::-1] if upright else image.size
+        deep = ";16" in str(how) or image.format == "PPM" and isinstance(how, tuple) and how[-1] > 255
+        if deep and image.mode[0] not in "IF":
+            return one_channel(read_deep_colour(path, image)), size, note
+        if side:
+            image.draft(None, (2 * side, 2 * side))  # JPEG only
+        white_is_0 = image.format == "TIFF" and image.tag_v2.get(262) == 0
+        image = ImageOps.exif_transpose(image)
+        if image.mode[0] in "IF":
+            values = np.asarray(image, dtype=np.float64)
+            pixels = to_8_bit(-values if white_is_0 else values)[..., None]  # 8-bit ones are turned by Pillow
+        elif image.mode in ("1", "L"):
+            pixels = np.asarray(image.convert("L"))[..., None]
+        else:
+            if "A" in image.getbands() or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+            pixels = np.asarray(image.convert("RGB"))
+    return one_channel(pixels), size, note
+
+
+def one_channel(pixels):
+    """(H, W, 3) whose channels are equal as (H, W, 1), all else as it is."""
+    same = pixels.shape[2] == 3 and (pixels[..., :1] == pixels[..., 1:]).all()
+    return pixels[..., :1] if same else pixels
+
+
+def fit_box(height, width, fit):
+    """What a square shows of an image, as (top, left, height, width) in its pixels: the whole of it ("squash"), the
+    whole with black beside it ("pad"), or the centre square ("crop")."""
+    if fit == "squash":
+        return 0, 0, height, width
+    side = max(height, width) if fit == "pad" else min(height, width)
+    return (height - side) // 2, (width - side) // 2, side, side
+
+
+def to_square(pixels, side, fit, resample=Image.Resampling.BILINEAR):
+    """(H, W, C) uint8 -> (side, side, C), as fit_box says."""
+    top, left, height, width = fit_box(*pixels.shape[:2], fit)
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    image = image.crop((left, top, left + width, top + height)).resize((side, side), resample)
+    return np.asarray(image).reshape(side, side, -1)
+
+
+def from_square(square, height, width, fit, resample=Image.Resampling.BILINEAR):
+    """The inverse of to_square: (S, S), (S, S, 1) or (S, S, 3), uint8 or float32, at the size and shape of the image:
+    (height, width) or (height, width, 3). 0 where the square shows nothing of it."""
+    top, left, box_height, box_width = fit_box(height, width, fit)
+    image = Image.fromarray(square[..., 0] if square.shape[2:] == (1,) else square)
+    image = image.resize((box_width, box_height), resample).crop((-left, -top, width - left, height - top))
+    return np.asarray(image)
+
+
+def in_proportion(square, size, fit, long_side):
+    """A square image (S, S, 1 or 3) uint8 in the proportions of its source, of size (height, width), for a picture:
+    (h, w, 3) uint8, the longer of them `long_side`."""
+    height, width = (max(1, round(int(n) * long_side / max(size))) for n in size)
+    pixels = from_square(square, height, width, fit)
+    return np.repeat(pixels[..., None], 3, 2) if pixels.ndim == 2 else pixels
+
+
+def load_files(paths, side, fit, broken, batch_size=32):
+    """Yield (images (B, side, side, 3) uint8, [(height, width) of each file]) of image files, decoded by threads, in
+    their order. A file that cannot be decoded is black, and its reason stands in the dict `broken`."""
+    def square(path):
+        try:
+            pixels, size, _ = read_image(path, side)
+        # Pillow's plugins raise nearly anything on a damaged file; all are named later
+        except Exception as error:
+            broken[str(path)] = f"{type(error).__name__}: {error}"
+            pixels, size = np.zeros((1, 1, 1), np.uint8), (1, 1)
+        return np.broadcast_to(to_square(pixels, side, fit), (side, side, 3)), size
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for i in range(0, len(paths), batch_size):
+            squares, sizes = zip(*pool.map(square, paths[i:i + batch_size]))
+            yield torch.from_numpy(np.stack(squares)), list(sizes)
+
+
+def new_images(source):
+    """The image files of --predict: those under a folder, or those that the column "image" of a CSV lists, relative
+    to its folder. Returns (root, paths below it)."""
+    source = Path(source)
+    if source.is_dir():
+        names, others = files_under(source)
+        if not names:
+            fail(f"--predict {source}: no images in this folder; found {some(others) or 'nothing'}")
+        if others:
+            say(f"note: {len(others)} files of {source} are no images and are not used: {some(others)}")
+        return source, names
+    if source.suffix.lower() != ".csv" or not source.is_file():
+        fail(f"--predict {source}: neither a folder nor a CSV file")
+    with open(source, encoding="utf-8-sig", newline="") as lines:
+        rows = [*csv.DictReader(lines)]
+    if not rows or "image" not in rows[0]:
+        fail(f"--predict {source}: no column \"image\"; it has {some(rows[0] if rows else [], 30) or 'no rows'}")
+    names = [row["image"] for row in rows]
+    missing = [name for name in names if not (source.parent / name).is_file()]
+    if missing:
+        fail(f"--predict {source}: {len(missing)} of {len(names)} images are not below {source.parent}: "
+             f"{some(missing, 20)}")
+    return source.parent, names
+
+
+def report_broken(broken, run, skip, flag="--predict"):
+    """Name the files that could not be decoded, of all processes: an error unless `skip`. Returns them, {path: why}."""
+    if run.world > 1:
+        parts = [None] * run.world
+        dist.all_gather_object(parts, broken)
+        broken = {path: why for part in parts for path, why in part.items()}
+    if broken:
+        message = f"{flag}: {len(broken)} files cannot be decoded: " + "; ".join(
+            f"{path} ({why})" for path, why in sorted(broken.items()))
+        if not skip:
+            fail(message + ". Mend or remove them, or leave them out with --skip-broken")
+        say(f"left out: {message}")
+    return broken
+
+
+# ---------------------------------------------------------------- data: the prepared folder -----------------
+
+FIXED = ("image", "split", "fold", "group", "height", "width", "label")  # columns of labels.csv that are no classes
 
 
 @dataclass
 class Dataset:
-    """task: "classes", "multilabel" or "masks"; splits: {"train", "val", "test": Split}; metric: the name of
-    the headline; mean, std: three numbers in [0, 1]; store: the cached pixels of all splits; mask_store:
-    their masks, in the same rows."""
+    """A prepared folder. Row i of images (N, S, S, 1 or 3) uint8 and masks (N, S, S) uint8 or None is the image
+    paths[i] of size sizes[i] = (height, width). rows: {"train", "val", "test": its rows, int64}. task: "classes" with
+    labels (N,) int64, "multilabel" with (N, L) float32, or None with None. groups (N): patients, or None."""
+    folder: Path
     name: str
+    images: np.ndarray
+    masks: np.ndarray
+    paths: list
+    sizes: np.ndarray
+    rows: dict
     task: str
     classes: list
-    splits: dict
-    metric: str = "accuracy"
-    mean: list = None
-    std: list = None
-    store: object = None
-    mask_store: object = None
-    leakage: dict = field(default_factory=dict)
-    annotators: dict = None  # of test: {name: {image path: an item of masks}}; Split.masks has the first's
+    labels: np.ndarray
+    groups: list
+    mask_classes: list
+    metric: str
+    ordinal: bool
+    mean: list
+    std: list
+    fit: str
+    ignore: int
+    leakage: dict
+    fingerprint: str  # of images, labels, splits, classes and geometry: runs on other data are other runs
+
+    @property
+    def side(self):
+        """Pixels of a side of the arrays."""
+        return self.images.shape[1]
 
     @property
     def counts(self):
         """Images per split."""
-        return {name: len(split) for name, split in self.splits.items()}
+        return {name: len(rows) for name, rows in self.rows.items()}
 
-    @property
-    def split_id(self):
-        """A fingerprint of what is validated and tested on: runs with another one cannot be compared."""
-        hashes = [np.sort(self.store.hashes[self.splits[name].rows]).tobytes() for name in ("val", "test")]
-        return hashlib.blake2b(b"|".join(hashes), digest_size=6).hexdigest()
+    def groups_of(self, rows):
+        """The groups of some rows, None where there are none."""
+        return None if self.groups is None else [self.groups[row] for row in rows]
 
 
-def data_folder(args):
-    """--data-dir as a Path that exists, or an error."""
-    if args.data_dir is None:
-        fail(f"--dataset {args.dataset} needs --data-dir, the folder with the images")
-    root = Path(args.data_dir)
-    if not root.is_dir():
-        fail(f"--data-dir {root}: there is no such folder (looked in {Path.cwd()})")
-    return root
-
-
-def images_under(folder):
-    """Every image file under a folder, sorted, hidden files left out."""
-    return sorted(str(path) for path in Path(folder).rglob("*")
-                  if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
-
-
-def index_demo(args):
-    """800 drawn lesions (see `demo_image`) in four classes of texture, 600 / 100 / 200, nothing to
-    download."""
-    parts = {"train": range(0, 600), "val": range(600, 700), "test": range(700, 900)}
-    return Dataset("demo", "classes", list(DEMO_CLASSES), {
-        name: Split([f"demo/{i:04d}" for i in part], np.array([i % 4 for i in part]),
-                    masks=[f"demo-mask/{i:04d}" for i in part]) for name, part in parts.items()})
-
-
-def index_folder(args):
-    """train/, optional val/ and test/, in each a folder per class (the layout of torchvision's
-    ImageFolder)."""
-    root, found = data_folder(args), {}
-    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
-        if folder.name.lower() in SPLIT_NAMES:
-            found[SPLIT_NAMES[folder.name.lower()]] = folder
-    if "train" not in found:
-        fail(f"{root}: --dataset folder expects train/ with a folder per class; found "
-             f"{some(os.listdir(root))}")
-    classes = sorted(path.name for path in found["train"].iterdir() if path.is_dir())
-    if len(classes) < 2:
-        fail(f"{found['train']}: expected a folder per class, at least two; found {len(classes)}")
-    splits = {}
-    for name, folder in found.items():
-        paths, labels = [], []
-        for class_folder in sorted(path for path in folder.iterdir() if path.is_dir()):
-            if class_folder.name not in classes:
-                fail(f"{class_folder}: class {class_folder.name!r} is not in train, which has "
-                     f"{some(classes)}")
-            files = images_under(class_folder)
-            if not files:
-                fail(f"{class_folder}: the class has no images; add some or remove the folder")
-            paths += files
-            labels += [classes.index(class_folder.name)] * len(files)
-        splits[name] = Split(paths, np.array(labels))
-    return Dataset(root.resolve().name, "classes", classes, splits)
-
-
-def read_csv(file, columns, parse=dict):
-    """Rows of a CSV as dicts (BOM and CRLF are fine); every name in `columns` must stand in its head.
-    Of a long table parse(row) keeps less than all."""
-    if not Path(file).is_file():
-        fail(f"{file}: there is no such CSV file")
-    with open(file, encoding="utf-8-sig", newline="") as lines:
-        reader = csv.reader(lines)
-        head = next(reader, [])
-        for column in columns:
-            if column and column not in head:
-                fail(f"{file}: no column {column!r}; it has {some(head, 30)}")
-        rows = [parse(zip(head, row + [""] * (len(head) - len(row)))) for row in reader if row]
-    if not rows:
-        fail(f"{file}: no rows")
-    return rows
-
-
-def resolve_paths(file, names, folders, skip=None):
-    """Where the images that `file` lists really are: each name under the first of `folders` that has it.
-    All that are nowhere are named in one error; with skip=True (--skip-broken) they are None."""
-    paths, missing, folders, having = [], [], list(map(str, folders)), {}
-    for name in names:
-        top = name[:name.find("/", 1) + 1]  # whether a folder has this part of a name is looked up once
-        if top not in having:
-            having[top] = [os.path.join(folder, "") for folder in folders
-                           if not top or os.path.isdir(os.path.join(folder, top))]
-        found = next((path for folder in having[top]
-                      if os.path.isfile(path := name if name.startswith("/") else folder + name)), None)
-        paths.append(found)
-        if found is None:
-            missing.append(name)
+def prepare_demo(folder):
+    """Make the demo where --data is its default and nothing is there: by one process of a machine, the others wait."""
+    script = Path(__file__).with_name("prepare.py")
+    missing = Path(folder) == Path(DEMO) and not Path(folder, "images.npy").exists() and script.exists()
+    barrier()  # every process has looked before one of them makes it
+    if missing and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        made = subprocess.run([sys.executable, str(script), "demo", "--layout", "demo", "--output", str(folder)])
+        if made.returncode:
+            raise SystemExit(made.returncode)
     if missing:
-        message = (f"{len(missing)} of {len(names)} listed images are not under {some(folders)}: "
-                   f"{some(missing, 100)}")
-        if not skip:
-            fail(f"{file}: {message}" + ("" if skip is None else ". --skip-broken leaves them out"))
-        say(f"left out: {message}")
-    return paths
+        barrier()
 
 
-def index_csv(args):
-    """A row an image: --image-column, --label-column (several, comma separated, 0/1: multilabel), optional
-    --split-column and --group-column. Paths are relative to the CSV's folder or to its images/."""
-    file = Path(args.csv) if args.csv else data_folder(args) / "labels.csv"
-    columns = args.label_column.split(",")
-    rows = read_csv(file, [args.image_column, *columns, args.split_column, args.group_column])
-    folders = [file.parent, file.parent / "images"] + ([Path(args.data_dir)] if args.data_dir else [])
-    paths = resolve_paths(file, [row[args.image_column] for row in rows], folders)
-    text = [[(row[column] or "").strip() for column in columns] for row in rows]
-    if len(columns) > 1:
-        wrong = [f"{Path(paths[i]).name} {' '.join(t)}" for i, t in enumerate(text)
-                 if not set(t) <= {"0", "1", "0.0", "1.0"}]
-        if wrong:
-            fail(f"{file}: multilabel columns hold 0 or 1; {len(wrong)} rows do not: {some(wrong)}")
-        classes, labels = columns, np.array([[float(value) for value in t] for t in text], np.float32)
-    else:
-        if any(not t[0] for t in text):
-            fail(f"{file}: no label for {some(p for p, t in zip(paths, text) if not t[0])}")
-        names = {t[0] for t in text}
-        numeric = all(name.lstrip("-").isdigit() for name in names)  # 10 comes after 2
-        classes = sorted(names, key=int if numeric else str)
-        labels = np.array([classes.index(t[0]) for t in text])
-    groups = [row[args.group_column] for row in rows] if args.group_column else None
-    every = Split(paths, labels, groups)
-    if not args.split_column:
-        return Dataset(file.parent.resolve().name, "multilabel" if len(columns) > 1 else "classes", classes,
-                       {"train": every})
-    parts = defaultdict(list)
-    for i, row in enumerate(rows):
-        value = (row[args.split_column] or "").strip().lower()
-        if value not in SPLIT_NAMES:
-            fail(f"{file}: split {value!r} of {row[args.image_column]} is none of train, val, test")
-        parts[SPLIT_NAMES[value]].append(i)
-    if "train" not in parts:
-        fail(f"{file}: column {args.split_column!r} names no train rows")
-    return Dataset(file.parent.resolve().name, "multilabel" if len(columns) > 1 else "classes", classes,
-                   {name: every.take(parts[name]) for name in ("train", "val", "test") if name in parts})
-
-
-# ---------------------------------------------------------------- data: the paper's datasets ----------------
-
-# task, headline metric, channels, mean, std (None: measured on train), classes
-SPECS = {
-    "aptos2019": ("classes", "quadratic_kappa", 3, (0.415, 0.221, 0.073), (0.275, 0.150, 0.081),
-                  "No DR, Mild, Moderate, Severe, Proliferative DR"),
-    "ddsm": ("classes", "roc_auc", 1, (0.286,), (0.267,), "normal, abnormal"),
-    "isic2019": ("classes", "recall", 3, (0.66776717, 0.52960888, 0.52434725),
-                 (0.22381877, 0.20363036, 0.21538623), "MEL, NV, BCC, AK, BKL, DF, VASC, SCC"),
-    "chexpert": ("multilabel", "roc_auc", 1, (0.503,), (0.292,),
-                 "No Finding, Enlarged Cardiomediastinum, Cardiomegaly, Lung Opacity, Lung Lesion, Edema, "
-                 "Consolidation, Pneumonia, Atelectasis, Pneumothorax, Pleural Effusion, Pleural Other, "
-                 "Fracture, Support Devices"),
-    "camelyon": ("classes", "roc_auc", 3, (0.69991202, 0.53839318, 0.69108667),
-                 (0.2308955, 0.27435492, 0.20865005), "normal, tumor"),
-    "isic2018": ("masks", "iou", 3, None, None, "background, lesion"),
-    "csaws": ("masks", "iou", 1, None, None, "background, tumour")}
-CHEXPERT_FIVE = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")  # competition
-CSAWS_VAL = "000 001 012 018 025 030 034 038 053 062 068 075 083 127 131 139 156 181 245 249".split()
-CSAWS_MAPS = ("cancer calcifications axillary_lymph_nodes thick_vessels foreign_object skin nipple text "
-              "non-mammary_tissue pectoral_muscle mammary_gland").split()  # the owners' order: first on top
-
-
-def specified(name, splits):
-    """The Dataset of a line of SPECS."""
-    task, metric, channels, mean, std, classes = SPECS[name]
-    mean, std = (values and [*values] * (3 // channels) for values in (mean, std))
-    return Dataset(name, task, classes.split(", "), splits, metric, mean, std)
-
-
-def expect(args, *names, inside=()):
-    """--data-dir, or the first of its folders `inside` that is there; it must hold `names`."""
-    root = data_folder(args)
-    if not (root / names[0]).exists():
-        root = next((root / folder for folder in inside if (root / folder).is_dir()), root)
-    if not all((root / name).exists() for name in names):
-        fail(f"--data-dir {root}: --dataset {args.dataset} looks for {', '.join(names)} in it; found "
-             f"{some(sorted(os.listdir(root)), 12) or 'an empty folder'}")
-    return root
-
-
-def known_labels(file, names, values, known):
-    """Class indices (N,) int64 of the labels that stand beside `names`; known: {label: index}."""
-    wrong = [f"{value!r} of {name}" for name, value in zip(names, values) if value.strip() not in known]
+def read_labels(file):
+    """(head, columns) of labels.csv, each column a tuple of strings; and the fingerprint of its text."""
+    text = file.read_bytes().removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n")
+    try:
+        rows = [*csv.reader(io.StringIO(text.decode()))]
+    except (UnicodeDecodeError, csv.Error) as error:
+        fail(f"{file} cannot be read as a UTF-8 CSV ({error})")
+    head, rows = (rows or [[]])[0], [row for row in rows[1:] if row]
+    wrong = [i for i, row in enumerate(rows) if len(row) != len(head)]
     if wrong:
-        fail(f"{file}: {len(wrong)} labels are none of {some(known, 14)}: {some(wrong, 20)}")
-    return np.array([known[value.strip()] for value in values], np.int64)
+        fail(f"{file}: row {wrong[0] + 1} has {len(rows[wrong[0]])} cells, the head has {len(head)}")
+    for name in ("image", "split"):
+        if name not in head:
+            fail(f"{file}: no column {name!r}; it has {some(head, 30)}")
+    repeated = [name for name, count in Counter(head).items() if count > 1]
+    if repeated:
+        fail(f"{file}: the column {repeated[0]!r} stands twice")
+    columns = dict(zip(head, zip(*rows))) if rows else dict.fromkeys(head, ())
+    return columns, hashlib.blake2b(text, digest_size=8)
 
 
-def listed_images(args, file, names, folders):
-    """resolve_paths, and a word about images that lie beside the listed ones and are not listed."""
-    paths = resolve_paths(file, names, folders, args.skip_broken)
-    beside = {entry.path for folder in {os.path.dirname(path) for path in paths if path}
-              for entry in os.scandir(folder) if os.path.splitext(entry.name)[1].lower() in SUFFIXES}
-    unlisted = sorted(beside.difference(paths))
-    if unlisted:
-        say(f"note: {len(unlisted)} images are not listed in {file} and left out: {some(unlisted)}")
-    return paths
+def read_targets(file, columns, classes):
+    """(task, classes, labels, ordinal) of the columns of labels.csv: of `label` the class index of each row, of several
+    0/1 columns a float32 matrix. classes: their order, or None for the sorted one."""
+    names = [name for name in columns if name not in FIXED]
+    if "label" in columns:
+        found = set(columns["label"])
+        whole = all(name.lstrip("-").isdigit() for name in found)  # 10 comes after 2
+        classes = classes or sorted(found, key=int if whole else str)
+        unknown = sorted(found.difference(classes))
+        if unknown:
+            at = columns["label"].index(unknown[0])
+            fail(f"{file}: label {unknown[0]!r} of {columns['image'][at]} is none of {some(classes, 30)}; mend it, or "
+                 "name it in dataset.json")
+        place = {name: i for i, name in enumerate(classes)}
+        return "classes", classes, np.array([place[name] for name in columns["label"]], np.int64), whole
+    if not names:
+        return None, [], None, False
+    if classes and sorted(classes) != sorted(names):
+        fail(f"{file}: the columns {some(names, 30)} are not the classes of dataset.json, {some(classes, 30)}")
+    classes = classes or names
+    count = len(columns["image"])
+    labels = np.zeros((count, len(classes)), np.float32)
+    for i, name in enumerate(classes):
+        text = "".join(columns[name])
+        flags = np.frombuffer(text.encode(), np.uint8) - ord("0")
+        if len(flags) != count or flags.max(initial=0) > 1:
+            at = next(i for i, cell in enumerate(columns[name]) if cell not in ("0", "1"))
+            fail(f"{file}: {columns[name][at]!r} in the column {name!r} of {columns['image'][at]} is neither 0 nor 1")
+        labels[:, i] = flags
+    return "multilabel", classes, labels, False
 
 
-def random_split(every, share, seed, groups=None):
-    """The authors' split: shuffled by Python's random.Random(seed), the first int(N * share) held out, half
-    of them val, half test. seed=None keeps the order; groups (N) stay whole: a cut moves to one's end."""
-    members = defaultdict(list)
-    for i in range(len(every)):
-        members[groups[i] if groups else i].append(i)
-    members = list(members.values())
-    if seed is not None:
-        random.Random(seed).shuffle(members)
-    order, ends = [i for group in members for i in group], np.cumsum([0, *map(len, members)])
-    held = int(len(every) * share)
-    half, held = (int(ends[np.searchsorted(ends, count)]) for count in (held // 2, held))
-    return {name: every.take(order[part]) for name, part in (
-        ("train", slice(held, None)), ("val", slice(half)), ("test", slice(half, held)))}
-
-
-def join(splits):
-    """Several Splits as one."""
-    chain = lambda name: (None if getattr(splits[0], name) is None else  # noqa: E731
-                          [value for split in splits for value in getattr(split, name)])
-    labels = None if splits[0].labels is None else np.concatenate([split.labels for split in splits])
-    return Split(chain("paths"), labels, chain("groups"), chain("masks"))
-
-
-def settle_patients(splits, mode):
-    """Splits as published may tear patients apart: as --leakage says, warn (and keep them as they are), stop,
-    or drop their images from train (from val, where test has them)."""
-    for outer in [name for name in ("train", "val") if name in splits]:
-        others = {g for name, split in splits.items() if (outer, name) in
-                  (("train", "val"), ("train", "test"), ("val", "test")) for g in split.groups}
-        torn = [g in others for g in splits[outer].groups]
-        if any(torn):
-            names = sorted(others.intersection(splits[outer].groups))
-            message = f"{len(names)} patients of {outer} also stand in a later split: {some(names)}"
-            if mode == "error":
-                fail(f"{message}; --leakage drop takes them out of {outer}")
-            say(f"WARNING: {message}; {'scores will flatter' if mode == 'warn' else 'taken out of ' + outer}")
-            splits[outer] = splits[outer].take(np.flatnonzero(~np.array(torn) | (mode == "warn")))
-            splits[outer].groups = [f"{g} ({outer})" if g in others else g for g in splits[outer].groups]
-    return splits
-
-
-def index_aptos2019(args):
-    """train.csv (id_code, diagnosis 0 to 4) and train_images/{id_code}.png: the authors' 70/15/15."""
-    file = expect(args, "train.csv", "train_images") / "train.csv"
-    rows = read_csv(file, ["id_code", "diagnosis"])
-    names = [f"{row['id_code']}.png" for row in rows]
-    labels = known_labels(file, names, [row["diagnosis"] for row in rows], {str(i): i for i in range(5)})
-    paths = listed_images(args, file, names, [file.parent / "train_images"])
-    return specified("aptos2019", random_split(Split(paths, labels), 0.3, args.split_seed))
-
-
-def index_ddsm(args):
-    """ddsm_raw_image_lists/{train,val,test}.txt, a path under ddsm_raw/ a line, such as
-    cancer_15-B_3504_1.RIGHT_CC.LJPEG.1.jpg of patient B_3504; or else CBIS-DDSM."""
-    if any(data_folder(args).rglob("*_case_description_t*_set.csv")):
-        return index_cbis_ddsm(args)
-    lists = {part: f"ddsm_raw_image_lists/{part}.txt" for part in ("train", "val", "test")}
-    known, splits = {"normal": 0, "benign": 1, "cancer": 1}, {}
-    root = expect(args, "ddsm_raw", *lists.values())
-    for part, file in lists.items():
-        names = [line.strip() for line in (root / file).read_text("utf-8-sig").splitlines() if line.strip()]
-        bases = [os.path.basename(name) for name in names]
-        patients = [(re.search(r"[A-D]_\d{4}(?=_\d)", base) or [base])[0] for base in bases]
-        labels = known_labels(root / file, names, [base.split("_")[0] for base in bases], known)
-        paths = resolve_paths(root / file, names, [root / "ddsm_raw"], args.skip_broken)
-        splits[part] = Split(paths, labels, patients)
-    return specified("ddsm", settle_patients(splits, args.leakage))
-
-
-def index_cbis_ddsm(args):
-    """CBIS-DDSM: {mass,calc}_case_description_{train,test}_set.csv of TCIA and the full mammograms as PNG or
-    JPEG, named (or their folder) by series or case of "image file path". One MALIGNANT lesion decides."""
-    root, images = data_folder(args), defaultdict(dict)
-    files = {name: path for path in images_under(root) for name in (Path(path).stem, Path(path).parent.name)}
-    for file in sorted(root.rglob("*_case_description_t*_set.csv")):
-        rows = read_csv(file, ["patient_id", "pathology", "image file path"])
-        cases = [row["image file path"].strip().split("/") for row in rows]
-        found = [files.get(case[-2 % len(case)]) or files.get(case[0], case[0]) for case in cases]
-        paths = resolve_paths(file, found, [""], args.skip_broken)
-        labels = known_labels(file, [case[0] for case in cases], [row["pathology"] for row in rows],
-                              {"BENIGN": 0, "BENIGN_WITHOUT_CALLBACK": 0, "MALIGNANT": 1})
-        part = images["test" if "_test_" in file.name else "train"]
-        for path, label, row in zip(paths, labels, rows):
-            part[path] = (max(label, part.get(path, (0,))[0]), row["patient_id"])
-    if "train" not in images:
-        fail(f"{root}: no mass or calc_case_description_train_set.csv in it; found "
-             f"{some(os.listdir(root), 12)}")
-    splits = {}
-    for name, part in images.items():
-        labels, patients = zip(*part.values())
-        splits[name] = Split([*part], np.array(labels), [*patients])
-    splits = settle_patients(splits, args.leakage)
-    return Dataset("cbis-ddsm", "classes", ["benign", "malignant"], splits, "roc_auc")
-
-
-def index_isic2019(args):
-    """ISIC_2019_Training_GroundTruth.csv (image, one-hot classes) and the JPEGs: the authors' 80/10/10 of
-    images, or with --group-split of lesions, by lesion_id of ISIC_2019_Training_Metadata.csv."""
-    root = expect(args, "ISIC_2019_Training_GroundTruth.csv")
-    file, classes = root / "ISIC_2019_Training_GroundTruth.csv", SPECS["isic2019"][-1].split(", ")
-    rows, groups = read_csv(file, ["image", *classes]), None
-    names = [row["image"] for row in rows]
-    hot = [" ".join(c for c in [*classes, "UNK"] if row.get(c, "0") not in ("0", "0.0")) for row in rows]
-    labels = known_labels(file, names, hot, {name: i for i, name in enumerate(classes)})
-    paths = listed_images(args, file, [f"{name}.jpg" for name in names],
-                          [root / "ISIC_2019_Training_Input", root / "train"])
-    if args.group_split:
-        meta = read_csv(root / "ISIC_2019_Training_Metadata.csv", ["image", "lesion_id"])
-        lesions = {row["image"]: row["lesion_id"] for row in meta}
-        groups = [lesions.get(name) or name for name in names]  # some 2,000 images name no lesion
-    return specified("isic2019", random_split(Split(paths, labels, groups), 0.2, args.split_seed, groups))
-
-
-def index_chexpert(args):
-    """train.csv (Path, ..., 14 labels) sorted by Path, its first 20 % held out, whole patients. Blank and -1
-    are 0 (U-zeros), a row without a positive is No Finding. --view frontal leaves lateral images out."""
-    file = expect(args, "train.csv", inside=("CheXpert-v1.0-small", "CheXpert-v1.0")) / "train.csv"
-    known = {"": 0, "0": 0, "0.0": 0, "-1": 0, "-1.0": 0, "1": 1, "1.0": 1}
-    classes = SPECS["chexpert"][-1].split(", ")
-
-    def parse(row):  # a table of 224,316 dicts would take half a gigabyte
-        row = dict(row)
-        name = re.sub(r"^CheXpert-v1\.0[^/]*/", "", row["Path"])
-        return name, row["Frontal/Lateral"] == "Frontal", bytes(known.get(row[label], 9) for label in classes)
-    names, frontal, labels = zip(*sorted(read_csv(file, ["Path", "Frontal/Lateral", *classes], parse)))
-    labels = np.frombuffer(b"".join(labels), np.uint8).reshape(-1, len(classes)).astype(np.float32)
-    wrong = [f"{classes[k]} of {names[i]}" for i, k in np.argwhere(labels == 9)]
-    if wrong:
-        fail(f"{file}: {len(wrong)} labels are none of blank, 0, 1, -1: {some(wrong, 20)}")
-    labels[labels.sum(1) == 0, 0] = 1
-    patients = [sys.intern((re.search(r"patient\d+", name) or [name])[0]) for name in names]
-    wanted = [front or args.view == "all" for front in frontal]  # the rest goes after the split
-    found = [name for name, is_wanted in zip(names, wanted) if is_wanted]
-    found = iter(resolve_paths(file, found, [file.parent], args.skip_broken))
-    paths = [next(found) if is_wanted else None for is_wanted in wanted]
-    return specified("chexpert", random_split(Split(paths, labels, patients), 0.2, None, patients))
-
-
-def index_camelyon(args):
-    """PatchCamelyon's camelyonpatch_level_2_split_{train,valid,test}_{x,y}.h5, its official split; or
-    {train,valid,test}_labels.csv (id, label) with {train,valid,test}/{id}.tif or .png, train at least."""
-    root, splits, parts = data_folder(args), {}, {"train": "train", "valid": "val", "test": "test"}
-    stem = "camelyonpatch_level_2_split"
-    if any(root.glob("camelyonpatch_*")):
-        expect(args, *(f"{stem}_{part}_{what}.h5" for part in parts for what in "xy"))
-        for name, part in parts.items():
-            x, y = (read_hdf5(root / f"{stem}_{name}_{what}.h5", what) for what in "xy")
-            if len(x) != len(y) or x.shape[3:] != (3,) or x.dtype != np.uint8:
-                fail(f"{root}/{stem}_{name}_x.h5: {x.shape} {x.dtype} for {len(y)} labels; "
-                     "expected (N, 96, 96, 3) uint8")
-            splits[part] = Split([f"{root}/{stem}_{name}_x.h5:{i}" for i in range(len(y))],
-                                 y[:].reshape(-1).astype(np.int64))
-        return specified("camelyon", splits)
-    expect(args, "train_labels.csv", "train")
-    for name, part in parts.items():
-        if (file := root / f"{name}_labels.csv").exists():
-            rows = read_csv(file, ["id", "label"])
-            suffix = ".png" if (root / name / f"{rows[0]['id']}.png").is_file() else ".tif"
-            names = [row["id"] + suffix for row in rows]
-            labels = known_labels(file, names, [row["label"] for row in rows], {"0": 0, "1": 1})
-            splits[part] = Split(listed_images(args, file, names, [root / name]), labels)
-    return specified("camelyon", splits)
-
-
-def index_isic2018(args):
-    """ISIC2018_Task1-2_Training_Input/{id}.jpg, ISIC2018_Task1_Training_GroundTruth/{id}_segmentation.png:
-    80/10/10 of the sorted ids; official Test folders, if there, are test, and train gets that tenth."""
-    def pairs(part):
-        images, masks = f"ISIC2018_Task1-2_{part}_Input", f"ISIC2018_Task1_{part}_GroundTruth"
-        root = expect(args, images, masks)
-        paths = [path for path in images_under(root / images) if path.endswith(".jpg")]
-        names = [f"{Path(path).stem}_segmentation.png" for path in paths]
-        return Split(paths, masks=resolve_paths(root / images, names, [root / masks]))
-    splits = random_split(pairs("Training"), 0.2, args.split_seed)
-    if (data_folder(args) / "ISIC2018_Task1-2_Test_Input").is_dir():
-        splits.update(train=join([splits["train"], splits["test"]]), test=pairs("Test"))
-    return specified("isic2018", splits)
-
-
-def index_csaws(args):
-    """CSAW-S: anonymized_dataset/{patient}/{patient}_{n}.png with binary maps {patient}_{n}_{class}.png, the
-    owners' 20 validation patients, test_data/ with annotators 1 to 3. --tissue takes all 11 classes."""
-    root = expect(args, "anonymized_dataset", "test_data", inside=("CsawS",))
-    wanted = CSAWS_MAPS if args.tissue else CSAWS_MAPS[:1]
-
-    def scans(folder):  # {stem: path}; an 8-bit duplicate sorts behind its original and takes its place
-        matches = [re.fullmatch(r".*/(\w+_\d+?)(_8bit)?\.png", path) for path in images_under(folder)]
-        return {match[1]: match[0] for match in matches if match} or fail(
-            f"{folder}: no scan such as 000/000_0.png")
-
-    def masks(stems, folder):  # a missing map is a class that is not there; none at all is a mistake
-        items = []
-        for stem in stems:
-            place = {name: folder / stem.rsplit("_", 1)[0] / f"{stem}_{name}" for name in CSAWS_MAPS}
-            maps = {name: f"{path}{end}.png" for name, path in place.items() for end in ("_8bit", "")
-                    if os.path.isfile(f"{path}{end}.png")}
-            items.append([(i, maps[name]) for i, name in [*enumerate(wanted, 1)][::-1] if name in maps]
-                         or [(0, path) for path in maps.values()][:1])
-        missing = [stem for stem, item in zip(stems, items) if not item]
-        if missing:
-            fail(f"{folder}: {len(missing)} of {len(items)} scans have no map (such as "
-                 f"{missing[0]}_cancer.png): {some(missing, 100)}")
-        return items
-    train, test = scans(root / "anonymized_dataset"), scans(root / "test_data" / "anonymized_dataset")
-    every, tests = (Split([*found.values()], groups=[stem.rsplit("_", 1)[0] for stem in found])
-                    for found in (train, test))
-    every.masks = masks(train, root / "anonymized_dataset")
-    experts = {f"annotator_{k}": masks(test, root / "test_data" / f"annotator_{k}") for k in (1, 2, 3)}
-    tests.masks, is_val = experts["annotator_1"], np.isin(every.groups, CSAWS_VAL)
-    dataset = specified("csaws", {"train": every.take(np.flatnonzero(~is_val)), "test": tests})
-    if is_val.any():
-        dataset.splits["val"] = every.take(np.flatnonzero(is_val))
-    dataset.classes = ["background", "tumour", *wanted[1:]]
-    dataset.annotators = {name: dict(zip(tests.paths, items)) for name, items in experts.items()}
-    return dataset
-
-
-INDEX = {"demo": index_demo, "folder": index_folder, "csv": index_csv, "aptos2019": index_aptos2019,
-         "ddsm": index_ddsm, "isic2019": index_isic2019, "chexpert": index_chexpert,
-         "camelyon": index_camelyon, "isic2018": index_isic2018, "csaws": index_csaws}
-
-
-def read_split_file(dataset, args):
-    """Put the images into the splits that --split-file names by their paths below --data-dir."""
-    every, root = join(list(dataset.splits.values())), f"{Path(args.data_dir or '.')}/"
-    where = {path.removeprefix(root): i for i, path in enumerate(every.paths)}
+def open_dataset(folder):
+    """The Dataset of a prepared folder. images.npy and labels.csv suffice; what dataset.json would say is then derived:
+    classes in sorted order, mean and std measured on train."""
+    folder = Path(folder)
+    for name in ("images.npy", "labels.csv"):
+        if not (folder / name).is_file():
+            demo = folder == Path(DEMO)
+            fail(f"--data {folder}: no prepared folder, it has no {name}; make one: python prepare.py "
+                 + (f"demo --output {DEMO}" if demo else "SOURCE --output data/NAME"))
     try:
-        content = json.loads(Path(args.split_file).read_text())
-        parts = {part: content[part] for part in ("train", "val", "test")}
-        unknown = [name for names in parts.values() for name in names if name not in where]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        fail(f"--split-file {args.split_file}: not a JSON of train, val and test ({error!r})")
-    if unknown:
-        fail(f"--split-file {args.split_file}: {len(unknown)} images are not there: {some(unknown, 20)}")
-    dataset.splits = {part: every.take([where[name] for name in names]) for part, names in parts.items()}
-    unused = len(where) - sum(map(len, parts.values()))
-    say(f"split read from {args.split_file}; {unused} images are not in it")
-
-
-def write_split_file(dataset, args):
-    """Write --split-file: {"train": [paths below --data-dir], "val": ..., "test": ...}."""
-    root = f"{Path(args.data_dir or '.')}/"
-    try:
-        write_json(args.split_file, {part: [path.removeprefix(root) for path in split.paths]
-                                     for part, split in dataset.splits.items()})
-    except OSError as error:
-        fail(f"--split-file {args.split_file} cannot be written ({error})")
-    say(f"split written to {args.split_file}")
-
-
-def carve(split, share, rng):
-    """Cut `share` of a split off, stratified by class, whole groups only: (rest, cut)."""
-    members = defaultdict(list)
-    for i in range(len(split)):
-        members[split.groups[i] if split.groups else i].append(i)
-    strata = defaultdict(list)
-    labels = split.labels.tolist() if split.labels is not None else [0] * len(split)  # str of NumPy's is slow
-    for group, indices in members.items():
-        strata[str(labels[indices[0]])].append(indices)
-    cut = []
-    for label in sorted(strata):
-        groups = strata[label]
-        wanted, taken = share * sum(map(len, groups)), 0
-        for position in rng.permutation(len(groups)):
-            if taken + len(groups[position]) / 2 > wanted:
-                break
-            cut += groups[position]
-            taken += len(groups[position])
-    cut_set = set(cut)
-    return split.take([i for i in range(len(split)) if i not in cut_set]), split.take(sorted(cut))
-
-
-def complete_splits(dataset, seed):
-    """Give a dataset without test or val one of each: 15 % of its images apiece, carved from train."""
-    missing = [name for name in ("test", "val") if name not in dataset.splits]
-    train, rng = dataset.splits["train"], np.random.default_rng(seed)
-    total = len(train)
-    for name in missing:
-        train, dataset.splits[name] = carve(train, 0.15 * total / len(train), rng)
-    dataset.splits = {"train": train, "val": dataset.splits["val"], "test": dataset.splits["test"]}
-    for name, split in dataset.splits.items():
-        if len(split) == 0:
-            fail(f"{dataset.name}: {total} images are too few to carve a {name} split from; give one")
-    if dataset.task == "classes":
-        counts = {name: np.bincount(split.labels, minlength=len(dataset.classes))
-                  for name, split in dataset.splits.items()}
-        unseen = [name for i, name in enumerate(dataset.classes) if counts["train"][i] == 0]
-        if unseen:
-            fail(f"{dataset.name}: no train image has the label {some(unseen)}, but val or test do; "
-                 "give it train images or leave it out")
-    owners = defaultdict(set)
-    for name, split in dataset.splits.items():
-        for group in split.groups or []:
-            owners[group].add(name)
-    torn = [f"{group} ({', '.join(sorted(names))})" for group, names in owners.items() if len(names) > 1]
-    if torn:
-        fail(f"{dataset.name}: {len(torn)} groups stand in more than one split: {some(torn)}")
-
-
-def limit_images(split, count, seed):
-    """`count` images of a split, its classes in proportion (to within one image)."""
-    if count >= len(split):
-        return split
-    order = np.random.default_rng([seed, 1]).permutation(len(split))
-    if split.labels is None or split.labels.ndim > 1:
-        return split.take(sorted(order[:count]))
-    # the j-th image of a class of n sorts at (j + 1/2) / n: every prefix then holds the classes in proportion
-    seen, sizes, key = Counter(), Counter(split.labels.tolist()), np.zeros(len(split))
-    for i in order:
-        label = int(split.labels[i])
-        key[i] = (seen[label] + 0.5) / sizes[label]
-        seen[label] += 1
-    return split.take(sorted(np.argsort(key, kind="stable")[:count]))
-
-
-# ---------------------------------------------------------------- data: images and the demo -----------------
-
-DEMO_CLASSES = ("globular", "homogeneous", "reticular", "streaked")
-
-
-def demo_image(index, size=128):
-    """Drawn lesion `index` of class index % 4: image (size, size, 3) uint8 and mask (size, size) bool. The
-    class is in the texture and the border; colour, light, place, size and hairs are drawn regardless of
-    it."""
-    rng = np.random.default_rng([2303, 7034, index])
-    y, x = np.mgrid[:size, :size] / size
-
-    def noise(cells):  # smooth, zero mean, unit deviation
-        grid = Image.fromarray(rng.normal(size=(cells, cells)).astype(np.float32))
-        field = np.asarray(grid.resize((size, size), Image.Resampling.BICUBIC))
-        return (field - field.mean()) / field.std()
-
-    kind = DEMO_CLASSES[index % 4]
-    cx, cy, radius = rng.uniform(0.36, 0.64), rng.uniform(0.36, 0.64), rng.uniform(0.2, 0.33)
-    angle = np.arctan2(y - cy, x - cx)
-    distance = np.hypot((x - cx) * rng.uniform(0.8, 1.25), y - cy) / radius
-    outline = 1 + sum(rng.normal(0, 0.25 / k) * np.cos(k * angle + rng.uniform(0, 7)) for k in (2, 3, 4))
-    spokes = np.cos(rng.integers(16, 26) * angle + 1.2 * noise(6))
-    if kind == "streaked":  # a border of fine rays, as in a spreading naevus
-        outline = outline + 0.14 * np.clip(spokes, 0, 1) * rng.uniform(0.6, 1)
-    inside = distance / outline
-    turn, pitch = rng.uniform(0, np.pi), rng.uniform(0.055, 0.08)
-    u = (x * np.cos(turn) + y * np.sin(turn) + 0.012 * noise(7)) / pitch
-    v = (y * np.cos(turn) - x * np.sin(turn) + 0.012 * noise(7)) / pitch
-    if kind == "globular":  # round spots on a jittered grid
-        grain = np.exp(-((u % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2) / 0.06)
-    elif kind == "reticular":  # a net of thin lines
-        grain = np.exp(-np.minimum(np.abs(u % 1 - 0.5), np.abs(v % 1 - 0.5)) ** 2 / 0.02)
-    elif kind == "streaked":  # rays that fade towards the middle
-        grain = spokes * np.clip(inside - 0.25, 0, 1)
-    else:
-        grain = noise(5)
-    soft = 1 / (1 + np.exp((inside - 1) / rng.uniform(0.02, 0.07)))
-    grain = (grain - np.average(grain, weights=soft)) * rng.choice([-1, 1])
-    grain = grain / np.sqrt(np.average(grain ** 2, weights=soft)) + 0.7 * noise(20)
-
-    skin = np.array([0.80, 0.62, 0.52]) * rng.uniform(0.75, 1.1) + rng.normal(0, 0.03, 3)
-    lesion = skin * rng.uniform(0.45, 0.8) + rng.normal(0, 0.03, 3)
-    image = skin + 0.03 * noise(8)[..., None] + 0.015 * rng.normal(size=(size, size, 3))
-    body = lesion + (rng.uniform(0.07, 0.12) * grain + 0.05 * noise(4))[..., None] * rng.uniform(0.7, 1.2, 3)
-    image = image * (1 - soft[..., None]) + body * soft[..., None]
-    tilt = rng.uniform(0, 2 * np.pi)
-    image = image * (1 + rng.uniform(0, 0.35) * ((x - 0.5) * np.cos(tilt)
-                                                 + (y - 0.5) * np.sin(tilt)))[..., None]
-    picture = Image.fromarray((255 * np.clip(image, 0, 1)).astype(np.uint8))
-    pen = ImageDraw.Draw(picture)
-    for _ in range(rng.poisson(3)):
-        ends = rng.uniform(-0.1, 1.1, (2, 2)) * size
-        bend = ends.mean(0) + rng.normal(0, 0.12, 2) * size
-        curve = [tuple((1 - t) ** 2 * ends[0] + 2 * t * (1 - t) * bend + t ** 2 * ends[1])
-                 for t in np.linspace(0, 1, 20)]
-        pen.line(curve, fill=tuple(int(c) for c in rng.uniform(20, 90, 3)), width=int(rng.integers(1, 3)))
-    return np.asarray(picture), inside < 1
-
-
-def open_image(path):
-    """A file, or a name of the demo set, as 8-bit (H, W, C) with C = 1 for grey and 3 for colour.
-
-    16- and 32-bit greys are scaled over their own range (Pillow's convert would clip them to white); EXIF
-    rotation is applied; transparent pixels become black; three equal channels become one."""
-    if path.startswith("demo/"):
-        return demo_image(int(path[5:]))[0]
-    with Image.open(path) as image:
-        image.draft(None, (1024, 1024))  # JPEG only: decode no larger than some 1024 pixels need
-        image = ImageOps.exif_transpose(image)
-        if image.mode[0] in "IF":
-            values = np.asarray(image, dtype=np.float64)
-            finite = values[np.isfinite(values)]
-            low, high = (finite.min(), finite.max()) if finite.size else (0, 0)
-            values = np.nan_to_num((values - low) / max(high - low, 1e-12), nan=0, posinf=1, neginf=0)
-            return np.round(255 * values).astype(np.uint8)[..., None]
-        if image.mode in ("1", "L"):
-            return np.asarray(image.convert("L"))[..., None]
-        if "A" in image.getbands() or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
-        pixels = np.asarray(image.convert("RGB"))
-    same = (pixels[..., 0] == pixels[..., 1]).all() and (pixels[..., 1] == pixels[..., 2]).all()
-    return pixels[..., :1] if same else pixels
-
-
-def resize_short_side(pixels, side, resample=Image.Resampling.BILINEAR):
-    """(H, W, C) uint8 so scaled that its short side is `side` pixels."""
-    height, width = pixels.shape[:2]
-    scale = side / min(height, width)
-    size = (max(side, round(width * scale)), max(side, round(height * scale)))
-    if size == (width, height):
-        return pixels
-    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-    resized = np.asarray(image.resize(size, resample))
-    return resized[..., None] if resized.ndim == 2 else resized
-
-
-# ---------------------------------------------------------------- data: cache and loader --------------------
-
-def read_hdf5(file, key):
-    """An array of an HDF5 file, read where it lies: mapped if it is in one piece, else by h5py, whose lock
-    lets threads share it."""
-    try:
-        import h5py
-    except ImportError:
-        fail("--dataset camelyon reads HDF5 files, for which h5py is missing: pip install h5py")
-    try:
-        array = h5py.File(file, "r")[key]
-    except (OSError, KeyError) as error:
-        fail(f"{file}: no HDF5 file with {key!r} in it ({error})")
-    offset = array.id.get_offset()
-    return array if offset is None else np.asarray(np.memmap(file, array.dtype, "r", offset, array.shape))
-
-
-@dataclass
-class PatchStore:
-    """A Store whose images stay in HDF5 files; where (N, 2): the array of each image and its place in it."""
-    arrays: list
-    where: np.ndarray
-    shapes: np.ndarray
-    sizes: np.ndarray
-    hashes: np.ndarray
-    broken: dict
-
-    def image(self, row):
-        """Image `row`, (H, W, 3) uint8."""
-        array, place = self.where[row]
-        return self.arrays[array][place]
-
-
-def open_patches(paths, args):
-    """The PatchStore of images named FILE.h5:PLACE. Its hashes are computed once, into --cache-dir."""
-    names, places = zip(*(path.rsplit(":", 1) for path in paths))
-    files = {file: i for i, file in enumerate(sorted(set(names)))}
-    arrays, which = [read_hdf5(file, "x") for file in files], np.array([files[name] for name in names])
-    where = np.stack([which, np.array(places, np.int64)], 1)
-    cached = Path(args.cache_dir) / f"{args.dataset}-hashes-{fingerprint(files, 0)}.u64"
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not cached.exists():
-        digests = [hashlib.blake2b(array[i].tobytes(), digest_size=8).digest() for array in arrays
-                   for i in tqdm(range(len(array)), "hashing", unit="image")]
-        try:
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(cached, lambda part: part.write_bytes(b"".join(digests)))
-        except OSError as error:
-            fail(f"--cache-dir {args.cache_dir} cannot be written ({error}); give another")
-    barrier()
-    starts = np.cumsum([0, *map(len, arrays)])
-    shapes = np.array([array.shape[1:] for array in arrays], np.int32)[which]
-    hashes = np.fromfile(cached, np.uint64)[starts[which] + where[:, 1]]
-    return PatchStore(arrays, where, shapes, shapes[:, :2], hashes, {})
-
-
-@dataclass
-class Store:
-    """Decoded images, one after the other in one memory-mapped file: pixels (bytes,) uint8, offsets (N,) into
-    it, shapes (N, 3) as (height, width, channels), sizes (N, 2) of the originals, hashes (N,) of the pixels,
-    broken {row: reason}."""
-    folder: Path
-    pixels: np.ndarray
-    offsets: np.ndarray
-    shapes: np.ndarray
-    sizes: np.ndarray
-    hashes: np.ndarray
-    broken: dict
-
-    def image(self, row):
-        """Image `row`, (H, W, C) uint8, a view of the file."""
-        height, width, channels = self.shapes[row]
-        start = self.offsets[row]
-        return self.pixels[start:start + height * width * channels].reshape(height, width, channels)
-
-
-class Decoder(torch.utils.data.Dataset):
-    """Decodes and shrinks one image (or mask) an item, for the processes that build the cache."""
-
-    def __init__(self, paths, side, decode, resample):
-        self.paths, self.side, self.decode, self.resample = paths, side, decode, resample
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, i):
-        try:
-            pixels = self.decode(self.paths[i])
-        # Pillow's plugins raise nearly anything on a damaged file; all are named later
-        except Exception as error:
-            return None, (0, 0), 0, f"{type(error).__name__}: {error}"
-        size = pixels.shape[:2]
-        pixels = np.ascontiguousarray(resize_short_side(pixels, self.side, self.resample))
-        digest = hashlib.blake2b(pixels.tobytes() + repr(pixels.shape).encode(), digest_size=8).digest()
-        return pixels, size, int.from_bytes(digest, "little"), None
-
-
-def fingerprint(paths, side):
-    """What a cache is made of: every path with its size and time of change, and the resize."""
-    digest, here = hashlib.blake2b(f"4 {side}".encode(), digest_size=6), os.path.join(os.getcwd(), "")
-    for path in paths:
-        if not isinstance(path, str):  # the binary maps that make one mask
-            digest.update(repr(path).encode() + fingerprint([part for _, part in path], side).encode())
-        elif path.startswith("demo"):
-            digest.update(path.encode())
-        else:
-            try:
-                stat = os.stat(path)
-                state = f"{stat.st_size} {stat.st_mtime_ns}"
-            except OSError:  # a link to nothing: decoding will name it
-                state = "missing"
-            path = os.path.normpath(path if path.startswith("/") else here + path)
-            digest.update(f"{path} {state}\n".encode())
-    return digest.hexdigest()
-
-
-def build_store(folder, paths, side, workers, decode, resample):
-    """Decode every image into folder/pixels.bin and folder/index.npz, in several processes."""
-    free, needed = shutil.disk_usage(folder.parent).free, 4 * side * side * len(paths)
-    if needed > free:
-        fail(f"--cache-dir {folder.parent}: caching {len(paths)} images at --resize {side} takes up to "
-             f"{needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; lower --resize or give "
-             "another --cache-dir")
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # an interrupted build; the lock says nobody else is at it
-    partial.mkdir()
-    loader = torch.utils.data.DataLoader(Decoder(paths, side, decode, resample), batch_size=8,
-                                         num_workers=workers, collate_fn=list,
-                                         prefetch_factor=4 if workers else None)
-    count, offset, broken = len(paths), 0, {}
-    offsets, hashes = np.zeros(count, np.int64), np.zeros(count, np.uint64)
-    shapes, sizes = np.zeros((count, 3), np.int32), np.zeros((count, 2), np.int32)
-    with open(partial / "pixels.bin", "wb") as out, tqdm(total=count, desc="caching", unit="image") as bar:
-        for row, (pixels, size, digest, reason) in enumerate(item for batch in loader for item in batch):
-            bar.update()
-            if reason:
-                broken[str(row)] = reason
-                continue
-            out.write(pixels.data)
-            offsets[row], shapes[row], sizes[row], hashes[row] = offset, pixels.shape, size, digest
-            offset += pixels.nbytes
-    np.savez(partial / "index.npz", offsets=offsets, shapes=shapes, sizes=sizes, hashes=hashes,
-             broken=json.dumps(broken))
-    partial.rename(folder)
-
-
-def open_store(name, paths, args, decode=open_image, resample=Image.Resampling.BILINEAR):
-    """The cached pixels of `paths`, built first where they are not: by one process of a machine, the others
-    wait. Files that cannot be decoded are all named, and an error unless --skip-broken."""
-    if paths and isinstance(paths[0], str) and re.search(r"\.h5:\d+$", paths[0]):
-        return open_patches(paths, args)
-    folder = Path(args.cache_dir) / f"{name}-{args.resize}-{fingerprint(paths, args.resize)}"
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not folder.exists():
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with open(folder.parent / f".{folder.name}.lock", "w") as lock:
-                # a second run started meanwhile waits here, then finds it built
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                if not folder.exists():
-                    build_store(folder, paths, args.resize, args.workers, decode, resample)
-        except OSError as error:
-            shutil.rmtree(folder.with_name(folder.name + ".partial"), ignore_errors=True)
-            fail(f"--cache-dir {args.cache_dir}: the cache cannot be written ({error}); free space there "
-                 "or give another --cache-dir")
-    barrier()
-    index = np.load(folder / "index.npz")
-    size = (folder / "pixels.bin").stat().st_size
-    pixels = np.memmap(folder / "pixels.bin", np.uint8, "r") if size else np.zeros(0, np.uint8)
-    broken = {int(row): reason for row, reason in json.loads(str(index["broken"])).items()}
-    if broken:
-        names = "; ".join(f"{paths[row]} ({reason})" for row, reason in sorted(broken.items()))
-        message = f"{len(broken)} of {len(paths)} images cannot be decoded: {names}"
-        if not args.skip_broken:
-            fail(message + ". Mend or remove them, or leave them out with --skip-broken")
-        say(f"left out: {message}")
-    return Store(folder, pixels, index["offsets"], index["shapes"], index["sizes"], index["hashes"], broken)
-
-
-def check_leakage(dataset, mode):
-    """Count identical images (by the hash of their pixels) that stand in two splits: {"test_in_train": n,
-    ...}. mode "warn" says so, "error" stops, "drop" takes them out of train (and out of val, where test has
-    them)."""
-    hashes = {name: dataset.store.hashes[split.rows] for name, split in dataset.splits.items()}
-    for inner, outer in (("test", "train"), ("val", "train"), ("test", "val")):
-        count = int(np.isin(hashes[inner], hashes[outer]).sum())
-        dataset.leakage[f"{inner}_in_{outer}"] = count
-        if count:
-            message = (f"leakage: {count} of {len(hashes[inner])} {inner} images also stand in {outer}, "
-                       "pixel for pixel")
-            if mode == "error":
-                fail(message + "; --leakage drop takes them out of train")
-            say(f"WARNING: {message}; "
-                + (f"taken out of {outer}" if mode == "drop" else "scores will flatter"))
-    if mode == "drop":
-        for outer, others in (("train", ("val", "test")), ("val", ("test",))):
-            clean = ~np.isin(hashes[outer], np.concatenate([hashes[name] for name in others]))
-            dataset.splits[outer] = dataset.splits[outer].take(np.flatnonzero(clean))
-            if not clean.any():
-                fail(f"{dataset.name}: nothing is left of {outer} once the images of other splits are "
-                     "dropped")
-
-
-def measure(store, rows):
-    """Mean and standard deviation per channel, [3] each in [0, 1], over up to 1024 images."""
-    rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), 1024)).astype(int)]
-    total, squares, count = np.zeros(3), np.zeros(3), 0
-    for row in rows:
-        pixels = store.image(row).reshape(-1, store.shapes[row, 2]).astype(np.float64) / 255
-        total, squares, count = total + pixels.sum(0), squares + (pixels ** 2).sum(0), count + len(pixels)
-    mean = total / count
-    return mean.round(4).tolist(), np.sqrt(squares / count - mean ** 2).clip(1e-3).round(4).tolist()
-
-
-def load_dataset(args, check=True, decode_mask=None):
-    """Index, complete, cache and check the dataset that the arguments name; nothing is trained on yet.
-    decode_mask(item of Split.masks, number of classes) -> (H, W, 1) uint8 asks for the masks too."""
+        images = np.load(folder / "images.npy", mmap_mode="r")
+        masks = np.load(folder / "masks.npy", mmap_mode="r") if (folder / "masks.npy").exists() else None
+        meta = json.loads((folder / "dataset.json").read_text()) if (folder / "dataset.json").exists() else {}
+    except (ValueError, OSError, EOFError) as error:
+        fail(f"--data {folder}: damaged, prepare it again ({error})")
+    if images.ndim != 4 or images.dtype != np.uint8 or images.shape[1] != images.shape[2] or images.shape[3] not in (1, 3):
+        fail(f"{folder}/images.npy is {images.shape} {images.dtype}; expected (N, side, side, 1 or 3) uint8")
+    if masks is not None and (masks.shape != images.shape[:3] or masks.dtype != np.uint8):
+        fail(f"{folder}/masks.npy is {masks.shape} {masks.dtype}; expected {images.shape[:3]} uint8")
     gc.disable()  # it would walk the rows of a large table over and over, and find no cycle in them
-    dataset = INDEX[args.dataset](args)
-    for name, split in dataset.splits.items():  # None: left out by --skip-broken or --view
-        dataset.splits[name] = split.take([i for i, path in enumerate(split.paths) if path])
-    has_split = args.split_file and Path(args.split_file).exists()
-    if has_split:
-        read_split_file(dataset, args)
-    complete_splits(dataset, args.split_seed)
+    file = folder / "labels.csv"
+    columns, digest = read_labels(file)
+    count = len(columns["image"])
+    if count != len(images):
+        fail(f"{file} has {count} rows, images.npy {len(images)} images; row i must describe image i")
+    task, classes, labels, ordinal = read_targets(file, columns, meta.get("classes"))
     gc.enable()
-    if args.split_file and not has_split and int(os.environ.get("RANK", 0)) == 0:
-        write_split_file(dataset, args)
-    if args.metric:
-        dataset.metric = args.metric
-    elif dataset.task == "multilabel" and dataset.metric == "accuracy":
-        dataset.metric = "roc_auc"
-    attach_store(dataset, args, decode_mask)
-    if check:
-        check_leakage(dataset, args.leakage)
+    split = np.array(columns["split"])
+    unknown = [str(name) for name in np.unique(split) if name not in ("", *SPLITS)]
+    if unknown:
+        fail(f"{file}: split {unknown[0]!r} of {columns['image'][list(split).index(unknown[0])]} is none of train, val, "
+             "test, or blank for an image that no stage shall see")
+    rows = {name: np.flatnonzero(split == name) for name in SPLITS}
+    sizes = np.full((count, 2), images.shape[1], np.int64)
+    if "height" in columns and "width" in columns:
+        sizes = np.array([columns["height"], columns["width"]]).astype(np.int64).T
+    mask_classes = meta.get("mask_classes") or (["background", "lesion"] if masks is not None else [])
+    geometry = [images.shape, meta.get("fit"), classes, mask_classes, meta.get("ignore"), meta.get("masks")]
+    digest.update(json.dumps(geometry).encode())
+    mean, std = meta.get("mean"), meta.get("std")
+    if not mean:
+        mean, std = measure(images, rows["train"] if len(rows["train"]) else np.arange(count))
+    metric = meta.get("metric") or {"classes": "accuracy", "multilabel": "roc_auc"}.get(task, "iou")
+    return Dataset(folder, meta.get("name") or folder.resolve().name, images, masks, list(columns["image"]), sizes, rows,
+                   task, classes, labels, list(columns["group"]) if "group" in columns else None, mask_classes, metric,
+                   meta.get("ordinal", ordinal), mean, std, meta.get("fit", "squash"), meta.get("ignore"),
+                   meta.get("leakage", {}), digest.hexdigest())
+
+
+def load_dataset(args, splits=SPLITS, labels=False, masks=False):
+    """open_dataset of --data, with --metric and --limit applied, and checked for what a stage needs of it: images in
+    `splits`, labels, masks."""
+    prepare_demo(args.data)
+    dataset = open_dataset(args.data)
+    if labels and dataset.task is None:
+        fail(f"--data {args.data} has no labels, which {args.stage}.py needs"
+             + ("; for its masks take segment.py" if dataset.masks is not None else ""))
+    if labels and dataset.task == "classes" and len(dataset.classes) < 2:
+        fail(f"--data {args.data} has one class, {dataset.classes[0]}: there is nothing to tell apart")
+    if masks and dataset.masks is None:
+        fail(f"--data {args.data} has no masks, which {args.stage}.py needs: prepare a folder with images/ and masks/")
+    for name in splits:
+        if not len(dataset.rows[name]):
+            fail(f"--data {args.data} has no {name} images, which {args.stage}.py needs; it has "
+                 + ", ".join(f"{count} {name}" for name, count in dataset.counts.items()))
+    dataset.metric = args.metric or ("iou" if masks else dataset.metric)
+    if dataset.metric == "quadratic_kappa" and not dataset.ordinal:
+        fail(f"--metric quadratic_kappa is for ordered classes, and those of {args.data} are not; where they are, prepare "
+             "it with --classes in their order and --ordinal")
     if args.limit:
-        dataset.splits["train"] = limit_images(dataset.splits["train"], args.limit, args.split_seed)
-    if dataset.mean is None:
-        dataset.mean, dataset.std = measure(dataset.store, dataset.splits["train"].rows)
-    say(f"{dataset.name}: " + ", ".join(f"{n} {name}" for name, n in dataset.counts.items())
-        + f" images, {len(dataset.classes)} classes ({some(dataset.classes, 14)})")
+        dataset.rows["train"] = limit_images(dataset, "train", args.limit)
+    if labels and dataset.task == "classes":
+        seen = np.bincount(dataset.labels[dataset.rows["train"]], minlength=len(dataset.classes))
+        unseen = [name for name, count in zip(dataset.classes, seen) if not count]
+        if unseen:
+            fail(f"--data {args.data}: no training image has the label {some(unseen)}"
+                 + ("; raise --limit" if args.limit else "; leave the class out, or give it training images"))
+    say(f"{dataset.name}: " + ", ".join(f"{n} {name}" for name, n in dataset.counts.items()) + " images"
+        + (f", {len(dataset.classes)} classes ({some(dataset.classes, 14)})" if dataset.classes and not masks else ""))
     return dataset
 
 
-def attach_store(dataset, args, decode_mask=None):
-    """Open the store of all splits (and of their masks), tell each where its rows are, leave broken images
-    out."""
-    paths = [path for split in dataset.splits.values() for path in split.paths]
-    dataset.store, start = open_store(dataset.name, paths, args), 0
-    broken = set(dataset.store.broken)
-    if decode_mask:
-        masks = [mask for split in dataset.splits.values() for mask in split.masks or []]
-        if len(masks) != len(paths) or dataset.task != "masks":
-            fail(f"--dataset {args.dataset} has no masks to segment; one with masks is --dataset folder")
-        dataset.mask_store = open_store(f"{dataset.name}-masks{len(dataset.classes)}", masks, args, partial(
-            decode_mask, classes=len(dataset.classes)), Image.Resampling.NEAREST)
-        broken |= set(dataset.mask_store.broken)
-    for name, split in dataset.splits.items():
-        split.rows = np.arange(start, start + len(split))
-        start += len(split)
-        dataset.splits[name] = split.take([i for i, row in enumerate(split.rows) if row not in broken])
-        if not len(dataset.splits[name]):
-            fail(f"{dataset.name}: not one image of {name} can be decoded")
+def note_enlarged(dataset, image_size, side):
+    """Say so where models see images larger than the arrays hold them."""
+    if image_size > side:
+        say(f"note: {side} pixels of {dataset.name} are enlarged to --image-size {image_size}")
 
+
+def limit_images(dataset, name, count, seed=42):
+    """`count` rows of a split, its classes in proportion (to within one image)."""
+    rows = dataset.rows[name]
+    if count >= len(rows):
+        return rows
+    order = np.random.default_rng([seed, 1]).permutation(len(rows))
+    if dataset.task != "classes":
+        return rows[np.sort(order[:count])]
+    # the j-th image of a class of n sorts at (j + 1/2) / n: every prefix then holds the classes in proportion
+    labels = dataset.labels[rows].tolist()
+    seen, sizes, key = Counter(), Counter(labels), np.zeros(len(rows))
+    for i in order:
+        key[i] = (seen[labels[i]] + 0.5) / sizes[labels[i]]
+        seen[labels[i]] += 1
+    return rows[np.sort(np.argsort(key, kind="stable")[:count])]
+
+
+def measure(images, rows):
+    """Mean and standard deviation per channel, [3] each in [0, 1], over up to 1024 rows of images (N, S, S, C)."""
+    rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), 1024)).astype(int)]
+    total, squares = np.zeros(3), np.zeros(3)
+    for row in rows:
+        pixels = images[row].reshape(-1, images.shape[3]).astype(np.float64) / 255
+        total += pixels.mean(0)
+        squares += (pixels ** 2).mean(0)
+    mean = total / len(rows)
+    std = np.sqrt((squares / len(rows) - mean ** 2).clip(0)).clip(1e-3)
+    return mean.round(4).tolist(), std.round(4).tolist()
+
+
+# ---------------------------------------------------------------- data: the loader --------------------------
 
 def upload(values, device):
     """Numbers or a CPU tensor on the device. On CUDA from pinned memory, as any other copy waits until the
@@ -994,18 +532,11 @@ def upload(values, device):
     return values.pin_memory().to(device, non_blocking=True) if cuda else values.to(device)
 
 
-def read_batch(store, rows, pin_memory=False):
-    """Images of a store as one padded batch: pixels (B, H, W, C) uint8, sizes (B, 2) int64 as (height,
-    width)."""
-    shapes = store.shapes[rows]
-    height, width, channels = shapes.max(0) if len(rows) else (1, 1, 1)
-    make = torch.zeros if (shapes[:, :2] < (height, width)).any() else torch.empty  # pad only if need be
-    batch = make(len(rows), height, width, int(store.shapes[:, 2].max()), dtype=torch.uint8,
-                 pin_memory=pin_memory)
-    pixels = batch.numpy()
-    for i, row in enumerate(rows):
-        pixels[i, :shapes[i, 0], :shapes[i, 1]] = store.image(row)  # grey spreads over three channels
-    return batch, torch.from_numpy(shapes[:, :2].astype(np.int64))
+def read_batch(array, rows, pin_memory=False):
+    """Rows of an array (N, ...) uint8 as a tensor (B, ...)."""
+    batch = torch.empty(len(rows), *array.shape[1:], dtype=torch.uint8, pin_memory=pin_memory)
+    np.take(array, rows, axis=0, out=batch.numpy(), mode="clip")  # "raise" would copy once more
+    return batch
 
 
 @cache  # one for all loaders: memory belongs to the stream that it was first used on
@@ -1014,7 +545,7 @@ def copy_stream(device):
     return torch.cuda.Stream(device)
 
 
-def load_batches(store, batches, device):
+def load_batches(array, batches, device):
     """Yield read_batch for each array of rows, on the device. The next two are read ahead by two threads,
     and on CUDA copied on a stream of their own, beside the step that is at work."""
     cuda = device.type == "cuda"
@@ -1024,11 +555,11 @@ def load_batches(store, batches, device):
             torch.cuda.set_device(device)
 
     def fetch(rows):
-        batch = read_batch(store, rows, cuda)
+        batch = read_batch(array, rows, cuda)
         if not cuda:
             return batch, None
         with torch.cuda.stream(copy_stream(device)):
-            return [upload(part, device) for part in batch], torch.cuda.current_stream().record_event()
+            return upload(batch, device), torch.cuda.current_stream().record_event()
 
     with ThreadPoolExecutor(2, initializer=enter) as pool:
         waiting = []
@@ -1039,9 +570,15 @@ def load_batches(store, batches, device):
                 batch, copied = waiting.pop(0).result()
                 if copied is not None:
                     copied.wait()  # the stream of the step does
-                    for part in batch:  # whose memory the next copy must not take before the step is done
-                        part.record_stream(torch.cuda.current_stream())
-                yield [part.to(device) for part in batch]
+                    # whose memory the next copy must not take before the step is done
+                    batch.record_stream(torch.cuda.current_stream())
+                yield batch.to(device)
+
+
+def shards(rows, run, batch_size):
+    """This process's share of rows, row rank, rank + world, ..., in batches."""
+    mine = rows[run.rank::run.world]
+    return [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
 
 
 def epoch_order(count, batch_size, seed, epoch):
@@ -1068,32 +605,26 @@ class Draws:
         return upload(low + (high - low) * values, self.device)
 
 
-def random_boxes(draws, sizes, scale, ratio=(3 / 4, 4 / 3)):
-    """Boxes of torchvision's RandomResizedCrop: (B, 4) float as (top, left, height, width) in whole pixels.
-    Ten tries at an area share in `scale` and a width-to-height `ratio`; else the largest centred box within
-    it."""
-    height, width = sizes[:, :1].float(), sizes[:, 1:].float()
-    area = height * width * draws.uniform(10, low=scale[0], high=scale[1])
+def random_boxes(draws, side, scale, ratio=(3 / 4, 4 / 3)):
+    """Boxes of torchvision's RandomResizedCrop in squares of `side` pixels: (B, 4) float as (top, left, height,
+    width) in whole pixels. Ten tries at an area share in `scale` and a width-to-height `ratio`; else the whole."""
+    area = side * side * draws.uniform(10, low=scale[0], high=scale[1])
     aspect = torch.exp(draws.uniform(10, low=math.log(ratio[0]), high=math.log(ratio[1])))
     w, h = torch.sqrt(area * aspect).round(), torch.sqrt(area / aspect).round()
-    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    fits = (w > 0) & (w <= side) & (h > 0) & (h <= side)
     first = fits.int().argmax(1, keepdim=True)
-    w_fall = torch.minimum(width, (height * ratio[1]).round())
-    h_fall = torch.minimum(height, (width / ratio[0]).round())
     any_fits = fits.any(1, keepdim=True)
-    w = torch.where(any_fits, w.gather(1, first), w_fall)
-    h = torch.where(any_fits, h.gather(1, first), h_fall)
-    place, free = draws.uniform(2), torch.cat([height - h, width - w], 1)
-    corner = torch.where(any_fits, (place * (free + 1)).floor().minimum(free), (free / 2).floor())
-    return torch.cat([corner, h, w], 1)
+    size = torch.where(any_fits, torch.cat([h.gather(1, first), w.gather(1, first)], 1), float(side))
+    free = side - size
+    corner = (draws.uniform(2) * (free + 1)).floor().minimum(free)
+    return torch.cat([corner, size], 1)
 
 
-def centre_boxes(sizes, side):
-    """The centred square of `side` pixels in each image, (B, 4); smaller images give their whole short
-    side."""
-    side = torch.full_like(sizes[:, 0], side).minimum(sizes.amin(1)).float()
-    top, left = ((sizes[:, 0] - side) / 2).floor(), ((sizes[:, 1] - side) / 2).floor()
-    return torch.stack([top, left, side, side], 1)
+def centre_box(side):
+    """What a classifier is evaluated on, the centre 7/8 of a square (224 of 256 pixels in the paper): (top and left,
+    height and width) in pixels."""
+    length = side * 7 // 8
+    return (side - length) // 2, length
 
 
 def resize_weights(start, length, flip, out, size):
@@ -1159,18 +690,19 @@ def normalize(images, mean, std):
     return (images - mean) / std
 
 
-def train_view(images, sizes, draws, args, mean, std):
-    """The fine-tuning augmentation of the paper: random resized crop, both flips, colour jitter."""
-    boxes = random_boxes(draws, sizes, args.scale)
+def train_view(images, draws, args, mean, std):
+    """The fine-tuning augmentation of the paper: random resized crop, both flips, colour jitter. images (B, S, S, C)
+    uint8 -> (B, 3, image_size, image_size) float."""
+    boxes = random_boxes(draws, images.shape[1], args.scale)
     images = crop_resize(images, boxes, args.image_size, draws.uniform(2) < 0.5)
     return normalize(color_jitter(images, draws, args.jitter), mean, std)
 
 
-def eval_view(images, sizes, args, mean, std):
-    """The centre image_size of resize pixels (224 of 256 in the paper), never less than 7/8 of the short
-    side."""
-    boxes = centre_boxes(sizes, max(args.image_size, args.resize * 7 // 8))
-    return normalize(crop_resize(images, boxes, args.image_size), mean, std)
+def eval_view(images, image_size, mean, std, whole=False):
+    """The centre (or the whole) of images (B, S, S, C) uint8 at image_size: (B, 3, image_size, image_size) float."""
+    corner, length = (0, images.shape[1]) if whole else centre_box(images.shape[1])
+    boxes = torch.tensor([[corner, corner, length, length]], device=images.device).expand(len(images), 4)
+    return normalize(crop_resize(images, boxes.float(), image_size), mean, std)
 
 
 # ---------------------------------------------------------------- models ------------------------------------
@@ -1302,6 +834,8 @@ def build_model(args, num_classes, **options):
 def load_trained(path):
     """A model of this project with its classifier: (model in eval mode, meta)."""
     weights, meta = read_checkpoint(path)
+    if meta.get("task") == "masks":
+        fail(f"{path} is a segmenter, of segment.py, and no classifier; for masks of new images take segment.py --predict")
     if not meta.get("classes"):
         fail(f"--init {path}: not the model.pt of a finetune.py run, which knows its classes")
     model = create(meta["arch"], meta["num_classes"], meta["image_size"])
@@ -1354,24 +888,26 @@ def features(model, images, pool="auto"):
 
 
 @torch.inference_mode()
-def outputs(function, width, dataset, split, args, run, what, batch_size=128):
-    """function(images as evaluation sees them) -> (B, width) of a whole split: (N, width) float32, in its
-    order, on the CPU of every process. what: a word for the progress bar."""
-    mine = np.arange(run.rank, len(split), run.world)
-    batches = [split.rows[mine[i:i + batch_size]] for i in range(0, len(mine), batch_size)]
-    loader = load_batches(dataset.store, batches, run.device)
+def outputs(function, width, loader, count, image_size, mean, std, run, what):
+    """function(images as evaluation sees them) -> (B, width) of `count` images: (count, width) float32, in their order,
+    on the CPU of every process. loader: this process's share of them, uint8 batches as of load_batches; what: a word
+    for the progress bar."""
     parts = [torch.zeros(0, width, device=run.device)]
-    for images, sizes in tqdm(loader, what, len(batches), leave=False, disable=run.rank > 0):
-        view = eval_view(images, sizes, args, dataset.mean, dataset.std)
+    bar = tqdm(desc=what, total=math.ceil(count / run.world), unit="image", leave=False, disable=run.rank > 0)
+    for images in loader:
+        view = eval_view(images.to(run.device), image_size, mean, std)
         with run.autocast():
             parts.append(function(view).float())
-    return gather_rows(torch.cat(parts), len(split), run)
+        bar.update(len(images))
+    bar.close()
+    return gather_rows(torch.cat(parts), count, run)
 
 
-def extract(model, dataset, split, args, run, pool="auto", batch_size=128):
-    """Frozen features (N, D) float32 of a split, in its order, on the CPU of every process."""
-    return outputs(partial(features, model, pool=pool), model.num_features, dataset, split, args, run,
-                   "features", batch_size)
+def extract(model, dataset, rows, args, run, pool="auto", batch_size=128):
+    """Frozen features (n, D) float32 of rows of a dataset, in their order, on the CPU of every process."""
+    loader = load_batches(dataset.images, shards(rows, run, batch_size), run.device)
+    return outputs(partial(features, model, pool=pool), model.num_features, loader, len(rows), args.image_size,
+                   dataset.mean, dataset.std, run, "features")
 
 
 class SyncBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
@@ -1423,6 +959,7 @@ class Run:
     world: int
     device: torch.device
     amp: str  # "bf16", "fp16" or "off"
+    lock: object = None  # of the run folder, held while this lives
 
     def autocast(self):
         """The mixed-precision context of --amp."""
@@ -1458,7 +995,8 @@ def start(args):
     elif kind == "cpu":
         if world > 1:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
-        if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # of glibc
+        libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+        if hasattr(libc, "mallopt"):  # of glibc
             # else a large tensor goes back to the system when freed, and the next faults in page by page
             libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
             libc.mallopt(-4, 0)   # M_MMAP_MAX: no mapping of its own for a large tensor, undone with it
@@ -1480,13 +1018,13 @@ def barrier():
         dist.all_reduce(torch.zeros(1))  # on the CPU's group, which takes no GPU memory
 
 
-def launch(main):
+def launch(main, again="the same command goes on from the last finished epoch"):
     """Run a stage's main; Ctrl-C ends it with a line instead of a traceback."""
     try:
         main()
     except KeyboardInterrupt:
         if int(os.environ.get("RANK", 0)) == 0:
-            print("\ninterrupted; the same command goes on from the last finished epoch", file=sys.stderr)
+            print(f"\ninterrupted; {again}", file=sys.stderr)
         raise SystemExit(130)
     finally:
         if dist.is_initialized():
@@ -1535,36 +1073,18 @@ def gather_rows(part, total, run):
     return torch.stack(parts, 1).flatten(0, 1)[:total]
 
 
-def make_parser(description, image_size=224):
+def make_parser(description):
     """The arguments that every stage has, in the groups data, model and run: (parser, groups by name)."""
     parser = argparse.ArgumentParser(description=description,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(f"{message} (--help lists all arguments)")
     data, model, run = (parser.add_argument_group(name) for name in ("data", "model", "run"))
-    data.add_argument("--dataset", default="demo", choices=list(INDEX))
-    data.add_argument("--data-dir", help="folder of the dataset")
-    data.add_argument("--csv", help="csv: the table (default labels.csv in --data-dir)")
-    data.add_argument("--image-column", default="image", help="csv: column of the paths (default image)")
-    data.add_argument("--label-column", default="label", help="csv: one column of classes, or several of 0/1")
-    data.add_argument("--split-column", help="csv: column with train, val, test (default: carve 70/15/15)")
-    data.add_argument("--group-column", help="csv: column with the patient, who stays in one split")
-    data.add_argument("--view", default="all", choices=["frontal", "all"], help="chexpert (default all)")
-    data.add_argument("--tissue", action="store_true", help="csaws: all 11 tissues, not the tumour alone")
-    data.add_argument("--group-split", action="store_true", help="isic2019: a lesion stays in one split")
-    data.add_argument("--split-file", help="JSON of the split: read if it is there, else written")
-    data.add_argument("--metric", choices=METRICS, help="headline metric (default: the dataset's)")
-    data.add_argument("--cache-dir", default="cache", help="where decoded images are kept (default ./cache)")
-    data.add_argument("--image-size", type=int, default=image_size,
-                      help=f"pixels (default, paper: {image_size})")
-    data.add_argument("--resize", type=int,
-                      help="short side in the cache, pixels (default 8/7 image size; paper 256)")
+    data.add_argument("--data", default=DEMO, metavar="DIR",
+                      help=f"a folder that prepare.py has made (default {DEMO}, which makes itself)")
     data.add_argument("--limit", type=int, help="use N training images, classes in proportion")
-    data.add_argument("--split-seed", type=int, default=42, help="of splits that are carved (default 42)")
-    data.add_argument("--leakage", default="warn", choices=["warn", "drop", "error"],
-                      help="identical images in two splits: say so, take them out of train, or stop")
-    data.add_argument("--skip-broken", action="store_true", help="leave out files that cannot be decoded")
-    data.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1),
-                      help="processes that build the cache")
+    data.add_argument("--metric", choices=METRICS, help="headline metric (default: the dataset's)")
+    model.add_argument("--image-size", type=int,
+                       help="pixels of a side, as models see images (default that of --init, or 224 as in the paper)")
     model.add_argument("--arch",
                        help=f"{', '.join(ARCHS)} or any timm name (default that of --init, or deit_small)")
     model.add_argument("--init", default="random",
@@ -1581,15 +1101,16 @@ def make_parser(description, image_size=224):
     return parser, {"data": data, "model": model, "run": run}
 
 
-def parse(parser):
-    """Read the command line, check what can be checked without data, and fill the defaults that hang
+def parse(parser, stage):
+    """Read the command line of a stage, check what can be checked without data, and fill the defaults that hang
     together."""
     args = parser.parse_args()
+    args.stage = stage
     for name, value in vars(args).items():
-        if name in ("image_size", "resize", "limit", "epochs", "batch_size") \
+        if name in ("image_size", "limit", "epochs", "batch_size") \
                 and value is not None and value < 1:
             fail(f"--{name.replace('_', '-')} {value}: must be at least 1")
-        if name in ("lr", "weight_decay", "warmup_steps", "workers", "clip_grad") \
+        if name in ("lr", "weight_decay", "warmup_steps", "clip_grad") \
                 and value is not None and value < 0:
             fail(f"--{name.replace('_', '-')} {value}: must not be negative")
     meta = {}
@@ -1599,7 +1120,7 @@ def parse(parser):
             fail(f"--init {args.init} holds a {meta['arch']}, not the {args.arch} of --arch")
         args.arch = args.arch or meta.get("arch")
     args.arch, args.init_label = args.arch or "deit_small", init_label(args.init, meta)
-    args.resize = args.resize or round(args.image_size * 8 / 7)
+    args.image_size = args.image_size or meta.get("image_size") or 224
     return args
 
 
@@ -1629,34 +1150,35 @@ def device_name(device):
 
 
 RUN_FILES = ["args.json", "log.jsonl", "checkpoint.pt", "model.pt", "predictions.csv", "metrics.json"]
-NOT_COMPARED = {"output", "overwrite", "workers", "cache_dir", "device", "predict", "on_collapse",
-                "export"}  # these change no result
+# these change no result; the data are compared by their fingerprint
+NOT_COMPARED = {"output", "overwrite", "device", "predict", "on_collapse", "export", "data"}
 
 
-def open_run(args, run, stage):
-    """The run folder, fresh or to be resumed; nothing is written yet. Ends the script if the same run is
-    complete. A folder that holds a run with other arguments is an error naming them, unless --overwrite."""
-    folder = Path(args.output or "-".join(["runs/" + stage, args.dataset, args.arch, args.init_label,
+def open_run(args, run, dataset):
+    """The run folder, fresh or to be resumed; nothing is written yet. Ends the script if the same run is complete. A
+    folder that holds a run with other arguments or on other data is an error naming them, unless --overwrite."""
+    folder = Path(args.output or "-".join(["runs/" + args.stage, dataset.name, args.arch, args.init_label,
                                            f"s{args.seed}"]))
     if folder.exists() and not folder.is_dir():
         fail(f"--output {folder} is a file, not a folder")
-    if stage in ("finetune", "knn_eval") and SPECS.get(args.dataset, [""])[0] == "masks":
-        fail(f"--dataset {args.dataset} has masks, not the classes that {stage}.py needs; take segment.py")
-    args.stage, args.output = stage, str(folder)
-    args.data_dir = args.data_dir and str(Path(args.data_dir).resolve())
+    args.output = str(folder)
     if not args.overwrite and any((folder / name).exists() for name in RUN_FILES[1:]):
         try:
-            old = json.loads((folder / "args.json").read_text())["arguments"]
+            stored = json.loads((folder / "args.json").read_text())
+            old, data = stored["arguments"], stored.get("data", {})
         except (ValueError, KeyError, OSError) as error:
             fail(f"{folder} holds a run whose args.json cannot be read ({error}); give another --output, or "
                  "--overwrite")
         here = vars(args)
-        if old.get("stage") != stage:
+        if old.get("stage") != args.stage:
             fail(f"{folder} holds another run, of {old.get('stage')}; give another --output")
         differ = [f"{k} {old.get(k)!r} there, {here.get(k)!r} here"
                   for k in sorted({*old, *here} - NOT_COMPARED) if old.get(k) != here.get(k)]
         if differ:
             fail(f"{folder} holds another run: {some(differ)}; give another --output, or --overwrite")
+        if data.get("fingerprint") != dataset.fingerprint:
+            fail(f"{folder} holds a run on other data: images, labels, splits or classes of {data.get('name')} there are "
+                 f"not those of {dataset.folder} now; give another --output, or --overwrite")
         if (folder / "metrics.json").exists():
             summary = json.loads((folder / "metrics.json").read_text()).get("summary", "")
             say(f"{folder} is complete: {summary} (--overwrite runs it again)")
@@ -1666,17 +1188,22 @@ def open_run(args, run, stage):
     return folder
 
 
-def write_args(folder, args, run, extra_files=()):
-    """Make the run folder and write args.json; with --overwrite the files of the run that was there go
-    first."""
+def write_args(folder, args, run, dataset, extra_files=()):
+    """Make the run folder, lock it for as long as this process lives, and write args.json; with --overwrite the files
+    of the run that was there go first."""
     if run.rank == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            run.lock = filelock.FileLock(folder / ".lock")
+            run.lock.acquire(timeout=0)
             for name in [*RUN_FILES, *extra_files] if args.overwrite else []:
                 (folder / name).unlink(missing_ok=True)
             write_json(folder / "args.json", {
                 "stage": args.stage, "arguments": vars(args), "command": shlex.join(sys.argv),
+                "data": {"name": dataset.name, "folder": str(dataset.folder), "fingerprint": dataset.fingerprint},
                 "versions": versions(), "device": device_name(run.device), "world_size": run.world})
+        except filelock.Timeout:
+            fail(f"{folder} is being written by another process; wait for it, or give another --output")
         except OSError as error:
             fail(f"--output {folder} cannot be written ({error})")
     barrier()
@@ -1739,6 +1266,7 @@ def print_table(head, rows):
 
 # ---------------------------------------------------------------- run helpers: metrics ----------------------
 
+CHEXPERT_FIVE = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")  # competition
 METRICS = ["accuracy", "recall", "precision", "f1", "quadratic_kappa", "roc_auc", "average_precision"]
 
 
@@ -1806,12 +1334,13 @@ def metric(name, task, labels, scores):
     return float(value.mean())
 
 
-def all_metrics(task, classes, labels, scores):
-    """Every metric of METRICS that the task has, and "undefined": the classes that these labels do not
-    hold."""
+def all_metrics(task, classes, labels, scores, ordinal=False):
+    """Every metric of METRICS that the task has (quadratic kappa: where the classes are ordered), and "undefined": the
+    classes that these labels do not hold."""
     values = {name: metric(name, task, labels, scores) for name in METRICS}
-    if task == "multilabel":
+    if not ordinal:
         del values["quadratic_kappa"]
+    if task == "multilabel":
         lacking = [name for i, name in enumerate(classes) if labels[:, i].min() == labels[:, i].max()]
     else:
         lacking = [name for i, name in enumerate(classes) if not (labels == i).any()]
@@ -1836,300 +1365,213 @@ def bootstrap_interval(score, count, groups=None, seed=0, resamples=1000):
     return np.percentile(values, [2.5, 97.5]).tolist() if len(values) * 2 > resamples else None
 
 
-def score_split(dataset, split_name, labels, scores):
-    """all_metrics of a split, with "interval" for the headline."""
-    split = dataset.splits[split_name]
-    values = all_metrics(dataset.task, dataset.classes, labels, scores)
-    score = lambda rows: metric(dataset.metric, dataset.task, labels[rows], scores[rows])  # noqa: E731
+def score_test(dataset, scores):
+    """all_metrics of the test split, with "interval" for the headline. scores (n, C), row by row of dataset.rows."""
+    rows = dataset.rows["test"]
+    labels = dataset.labels[rows]
+    values = all_metrics(dataset.task, dataset.classes, labels, scores, dataset.ordinal)
     if dataset.task == "multilabel":
         areas = {name: roc_auc(labels[:, i], scores[:, i]) for i, name in enumerate(dataset.classes)}
         values["roc_auc_by_label"] = areas
         if set(CHEXPERT_FIVE) < set(areas):
             values["roc_auc_competition"] = mean_defined([areas[name] for name in CHEXPERT_FIVE])
-            say(f"{split_name} roc_auc of {', '.join(CHEXPERT_FIVE)}: {show(values['roc_auc_competition'])}")
-    return {**values, "interval": bootstrap_interval(score, len(labels), split.groups)}
+            say(f"test roc_auc of {', '.join(CHEXPERT_FIVE)}: {show(values['roc_auc_competition'])}")
+
+    def headline(at):
+        return metric(dataset.metric, dataset.task, labels[at], scores[at])
+    return {**values, "interval": bootstrap_interval(headline, len(labels), dataset.groups_of(rows))}
 
 
-def write_predictions(path, dataset, paths, labels, scores):
-    """predictions.csv: path, label, predicted, then a probability per class, a row an image."""
-    name = lambda flags: " ".join(c for c, flag in zip(dataset.classes, flags) if flag > 0.5)  # noqa: E731
-    many = dataset.task == "multilabel"
+def write_predictions(path, task, classes, images, labels, groups, scores):
+    """predictions.csv: image, group, label, predicted, then a probability per class, a row an image. labels, groups:
+    None where they are not known."""
+    def name(flags):
+        return " ".join(c for c, flag in zip(classes, flags) if flag > 0.5)
     rows = []
-    for i, image in enumerate(paths):
-        label = "" if labels is None else name(labels[i]) if many else dataset.classes[labels[i]]
-        guess = name(scores[i]) if many else dataset.classes[int(scores[i].argmax())]
-        rows.append([image, label, guess, *(f"{p:.6f}" for p in scores[i])])
-    write_table(path, ["path", "label", "predicted", *dataset.classes], rows)
+    for i, image in enumerate(images):
+        if task == "multilabel":
+            label, guess = "" if labels is None else name(labels[i]), name(scores[i])
+        else:
+            label, guess = "" if labels is None else classes[labels[i]], classes[int(scores[i].argmax())]
+        rows.append([image, groups[i] if groups else "", label, guess, *(f"{p:.6f}" for p in scores[i])])
+    write_table(path, ["image", "group", "label", "predicted", *classes], rows)
 
 
-# ---------------------------------------------------------------- run helpers: drawing ----------------------
+# ---------------------------------------------------------------- the run: pictures -------------------------
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito 2008
-DENSITY = 2  # pixels of a plot per unit of its size, so that text stays sharp in print
+MARKERS = "os^D"
+DPI = 200  # of pictures; they are laid out at twice the size of print: 6.7 inches for a column of 85 mm
+LETTER = 0.62  # how wide a letter is, of the size of its font; most are narrower
 
 
-def write_text(pen, place, text, size, anchor="la", fill="black", width=None):
-    """Draw text at a size in pixels, smaller if it would be wider than `width`; anchor as in Pillow ("la"
-    left top, "mm" middle, "rm" right middle)."""
-    widest = max(map(ImageFont.load_default(size).getlength, str(text).split("\n")))
-    if width and widest > width:
-        size = max(size * width / widest, size / 2)
-    pen.text(place, str(text), font=ImageFont.load_default(size), anchor=anchor, fill=fill, align="center"
-             if anchor[0] == "m" else "left")
+def new_figure(path, width, height, **options):
+    """An empty matplotlib Figure of so many inches for the picture `path`; without matplotlib None, said."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        say(f"note: {path} is left out; pictures are drawn by matplotlib, which is missing: pip install matplotlib")
+        return None
+    return Figure((width, height), dpi=DPI, **options)
 
 
-def ticks(low, high, most=5, whole=False):
-    """Round numbers that cover low to high; `whole`: no fractions."""
-    step = 10 ** math.floor(math.log10(max(high - low, 1e-12) / most))
-    step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= most)
-    step = max(step, 1) if whole else step
-    return [round(step * i, 10) for i in range(math.floor(low / step + 1e-9),
-                                               math.ceil(high / step - 1e-9) + 1)]
+def save_figure(figure, path, **options):
+    """Write a figure as PNG, atomically."""
+    from matplotlib.text import Text
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # the $ of a class name begins no formula
+    write_atomic(path, lambda part: figure.savefig(part, format="png", dpi=DPI, **options))
 
 
-def draw_marker(pen, x, y, radius, colour, shape):
-    """A filled circle, square, triangle or diamond (shape 0 to 3) around (x, y)."""
-    r = radius
-    if shape % 4 == 0:
-        pen.ellipse([x - r, y - r, x + r, y + r], fill=colour)
-    else:
-        corners = [[(-r, -r), (r, -r), (r, r), (-r, r)], [(0, -1.3 * r), (1.2 * r, r), (-1.2 * r, r)],
-                   [(0, -1.4 * r), (1.4 * r, 0), (0, 1.4 * r), (-1.4 * r, 0)]][shape % 4 - 1]
-        pen.polygon([(x + a, y + b) for a, b in corners], fill=colour)
+def wrap(text, inches, points, **options):
+    """Text of so many points in lines of at most so many inches, broken at blanks, - and _; its own line ends stay."""
+    letters = max(1, int(inches * 72 / (LETTER * points)))
+    lines = text.split("\n")
+    for i, line in enumerate(lines):
+        if len(line) > letters:
+            lines[i] = textwrap.fill(line.replace("_", "_ "), letters, **options).replace("_ ", "_")
+    return "\n".join(lines)
 
 
-def draw_line(pen, places, colour, width, dash=None):
-    """A line through places [(x, y)], with dashes of `dash` pixels if given."""
-    if not dash:
-        return pen.line(places, fill=colour, width=width, joint="curve")
-    for (a, b), (c, d) in zip(places, places[1:]):
-        pieces = max(1, int(math.hypot(c - a, d - b) / dash))
-        for s, t in ((i / pieces, (i + 0.6) / pieces) for i in range(pieces)):
-            pen.line([a + (c - a) * s, b + (d - b) * s, a + (c - a) * t, b + (d - b) * t], colour, width)
+def draw_series(axis, series, colour, offset, width):
+    """One series of a panel of draw_plot; bars are `width` wide, `offset` beside x. Returns what the legend shows."""
+    kind = series.get("kind", "line")
+    marker = MARKERS[series.get("marker", 0)]
+    defined = [k for k, y in enumerate(series["y"]) if y is not None and y == y]
+    x = np.array([series["x"][k] for k in defined], float)
+    y = np.array([series["y"][k] for k in defined], float)
+    error = np.full((2, len(x)), np.nan)  # down and up; NaN is not drawn
+    for column, k in enumerate(defined):
+        if series.get("error") and series["error"][k] is not None:
+            error[:, column] = series["error"][k]
+    style = {"color": colour, "label": series["label"]}
+    if kind == "bars":
+        return axis.bar(x + offset, y, 0.92 * width, yerr=error, ecolor="#444444", capsize=4, **style)
+    if kind == "points":
+        return axis.plot(x, y, marker, markersize=5, alpha=0.8, **style)[0]
+    if kind == "dashed":
+        return axis.plot(x, y, "--", linewidth=2, **style)[0]
+    if len(x) > 8:
+        marker = None
+    return axis.errorbar(x, y, error if series.get("error") else None, marker=marker, linewidth=2, capsize=4, **style)
 
 
-def draw_series(pen, one, places, errors, colour, unit, base, bar):
-    """A series at places [(x, y)] in pixels, errors [(upper y, lower y)]; bars stand on the height `base`,
-    `bar` = (width, offset) pixels."""
-    kind = one.get("kind", "line")
-    if kind in ("line", "dashed") and len(places) > 1:
-        draw_line(pen, places, colour, 3 * unit, 12 * unit if kind == "dashed" else None)
-    for (x, y), (upper, lower) in zip(places, errors):
-        ink = "black" if kind == "bars" else colour
-        if kind == "bars":
-            x += bar[1]
-            pen.rectangle([x - bar[0] / 2, min(y, base), x + bar[0] / 2, max(y, base)], fill=colour)
-        elif kind == "points" or kind == "line" and len(places) <= 8:
-            draw_marker(pen, x, y, 5 * unit if kind == "line" else 4 * unit, colour, one.get("marker", 0))
-        if upper < lower:
-            pen.line([x, upper, x, lower], fill=ink, width=2 * unit)
-            for end in (upper, lower):
-                pen.line([x - 6 * unit, end, x + 6 * unit, end], fill=ink, width=2 * unit)
+def legend_columns(panel, width, points):
+    """In how many columns the legend of a panel of draw_plot fits into a width in inches."""
+    labels = [series["label"] for series in panel["series"]]
+    for columns in range(len(labels), 1, -1):
+        longest = [max(map(len, column)) for column in np.array_split(np.array(labels, object), columns)]
+        if (sum(longest) * 0.56 + columns * 3.6) * points / 72 <= width:  # 3.6: a key and the space around it
+            return columns
+    return 1
 
 
-def draw_legend(pen, series, left, right, top, text, unit):
-    """A sample and a label for each of series [(dict, colour)], in as many rows as they need; returns the
-    height below them."""
-    x, y, sample = left, top, 26 * unit
-    for one, colour in series:
-        wide = sample + 6 * unit + pen.textlength(one["label"], font=ImageFont.load_default(text))
-        if x > left and x + wide > right:
-            x, y = left, y + text * 1.4
-        kind, middle = one.get("kind", "line"), y + text / 2
-        if kind == "bars":
-            pen.rectangle([x + 4 * unit, y + text * 0.1, x + sample, y + text * 0.9], fill=colour)
-        if kind in ("line", "dashed"):
-            draw_line(pen, [(x, middle), (x + sample, middle)], colour, 3 * unit,
-                      8 * unit if kind == "dashed" else None)
-        if kind in ("line", "points"):
-            draw_marker(pen, x + sample / 2, middle, 5 * unit, colour, one.get("marker", 0))
-        write_text(pen, (x + sample + 6 * unit, middle), one["label"], text, "lm")
-        x += wide + 18 * unit
-    return y + text * 1.7 if series else top
+def draw_panel(axis, panel, width, height, points):
+    """One panel of draw_plot, of width x height inches, with text of so many points."""
+    from matplotlib.ticker import MaxNLocator
+    small = 0.85 * points
+    count = sum(series.get("kind") == "bars" for series in panel["series"])
+    slot = 0.8 / max(1, count)  # of a bar; bars of one x stand side by side around it
+    keys = []
+    for i, series in enumerate(panel["series"]):
+        colour = COLOURS[series.get("colour", i) % len(COLOURS)]
+        keys.append(draw_series(axis, series, colour, (i + 0.5) * slot - 0.4, slot))
+    axis.set_xlabel(wrap(panel.get("xlabel", ""), 0.95 * width, points), fontsize=points)
+    axis.set_ylabel(wrap(panel.get("ylabel", ""), 0.75 * height, points), fontsize=points)
+    names = panel.get("xnames")
+    if names:
+        space = 0.8 * width / max(1, sum(map(bool, names)))
+        folded = [wrap(name, space, small, break_long_words=False) for name in names]
+        lines = [line for name in folded for line in name.split("\n")]
+        if max(map(len, lines)) * LETTER * small / 72 > space:  # too long even so
+            axis.set_xticks(range(len(names)), names, rotation=30, ha="right", rotation_mode="anchor")
+        else:
+            axis.set_xticks(range(len(names)), folded)
+        axis.set_xlim(-0.5, len(names) - 0.5)
+    elif all(x == int(x) for series in panel["series"] for x in series["x"]):
+        axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+    if panel.get("ylim"):
+        low, high = min(panel["ylim"][0], axis.dataLim.y0), max(panel["ylim"][1], axis.dataLim.y1)
+        axis.set_ylim(low, high + 0.04 * (high - low or 1))
+    axis.tick_params(labelsize=small)
+    axis.grid(axis="y", color="#dddddd")
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    legend = axis.legend(handles=keys, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False, fontsize=small,
+                         ncols=legend_columns(panel, width, small), handlelength=1.6, columnspacing=1.2,
+                         title=wrap(panel.get("title", ""), 0.95 * width, points), title_fontsize=points)
+    legend.get_title().set_multialignment("center")  # above the axes, where it hides nothing
 
 
-def draw_panel(picture, panel, text):
-    """One panel of draw_plot over a whole picture, with text of so many pixels."""
-    pen, (width, height), unit, small = ImageDraw.Draw(picture), picture.size, DENSITY, round(text * 0.9)
-    series = []
-    for i, one in enumerate(panel["series"]):
-        errors = [e if isinstance(e, (tuple, list)) else (e or 0, e or 0)
-                  for e in one.get("error") or [0] * len(one["x"])]
-        points = [(x, y, *e) for x, y, e in zip(one["x"], one["y"], errors) if y is not None and y == y]
-        series.append((one, points, COLOURS[one.get("colour", i) % len(COLOURS)]))
-    every = [p for _, points, _ in series for p in points] or [(0, 0, 0, 0), (1, 1, 0, 0)]
-    bars, names = [one for one, _, _ in series if one.get("kind") == "bars"], panel.get("xnames")
-    low, high = panel.get("ylim") or (min(p[1] - p[2] for p in every), max(p[1] + p[3] for p in every))
-    ys = ticks(min(low, 0) if bars else low, high if high > low else low + 1)
-    xs = [p[0] for p in every] + ([-0.5, len(names) - 0.5] if names else [])
-    x0, x1 = min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1
-    marks = list(enumerate(names)) if names else [
-        (x, f"{x:g}") for x in ticks(x0, x1, whole=all(x == int(x) for x in xs)) if x0 <= x <= x1]
-    if not names:  # room for the points at the ends
-        x0, x1 = x0 - 0.04 * (x1 - x0), x1 + 0.04 * (x1 - x0)
-
-    labels = [f"{y:g}" for y in ys]
-    left = 2 * text + max(map(ImageFont.load_default(small).getlength, labels)) + 10 * unit
-    right, bottom = width - text, height - 3.1 * text
-    write_text(pen, ((left + right) / 2, text * 0.4), panel.get("title", ""), round(text * 1.1), "ma",
-               width=width - text)
-    top = draw_legend(pen, [(one, colour) for one, _, colour in series] if len(series) > 1 else [],
-                      left, width, text * 2, small, unit) + text * 0.4
-    across = lambda x: left + (x - x0) / (x1 - x0) * (right - left)  # noqa: E731
-    up = lambda y: bottom - (y - ys[0]) / (ys[-1] - ys[0]) * (bottom - top)  # noqa: E731
-    for y, label in zip(ys, labels):
-        pen.line([left, up(y), right, up(y)], fill="#dddddd", width=unit)
-        write_text(pen, (left - 8 * unit, up(y)), label, small, "rm")
-    space = (right - left) / max(len(marks), 1) * 0.94
-    for x, label in marks:
-        pen.line([across(x), bottom, across(x), bottom + 5 * unit], fill="black", width=unit)
-        write_text(pen, (across(x), bottom + 8 * unit), label, small, "ma", width=space)
-    slot = (right - left) / (x1 - x0) * 0.8 / max(len(bars), 1)
-    for i, (one, points, colour) in enumerate(series):
-        draw_series(pen, one, [(across(p[0]), up(p[1])) for p in points],
-                    [(up(p[1] + p[3]), up(p[1] - p[2])) for p in points], colour, unit, up(max(ys[0], 0)),
-                    (slot * 0.92, (i - (len(bars) - 1) / 2) * slot))
-    pen.line([left, top, left, bottom, right, bottom], fill="black", width=2 * unit)
-    write_text(pen, ((left + right) / 2, height - text * 0.3), panel.get("xlabel", ""), text, "md",
-               width=width - text)
-    label = Image.new("RGB", (height, round(text * 1.4)), "white")
-    middle = height - (top + bottom) / 2, text * 0.1
-    write_text(ImageDraw.Draw(label), middle, panel.get("ylabel", ""), text, "ma", width=height - text)
-    picture.paste(label.rotate(90, expand=True), (round(text * 0.3), 0))
+def draw_plot(path, panels, size=(640, 480), columns=3, text=20):
+    """Draw panels, `columns` a row, into a PNG. A panel is a dict: title, xlabel, ylabel, series, optional xnames (text
+    under x = 0, 1, ...) and ylim (what is shown at least). A series: label, x, y, optional error (of each point its
+    half length, (down, up) or None), kind "line", "points", "bars" or "dashed", colour (an index into COLOURS), marker
+    (0 to 3). Points whose y is None or NaN are left out. size: of a panel, and text: its height, in hundredths of an
+    inch; a panel grows by the lines of its legend after the first."""
+    columns = min(columns, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    width, height = size[0] / 100, size[1] / 100
+    points = 0.72 * text
+    lines = max(math.ceil(len(panel["series"]) / legend_columns(panel, width, 0.85 * points)) for panel in panels)
+    grown = height + (lines - 1) * 1.3 * points / 72
+    figure = new_figure(path, columns * width, rows * grown, layout="constrained")
+    if figure is None:
+        return
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis, panel in zip(axes, panels):
+        draw_panel(axis, panel, width, height, points)
+    for axis in axes[len(panels):]:
+        axis.set_axis_off()
+    save_figure(figure, path)
 
 
-def draw_plot(path, panels, size=(640, 480), columns=3, text=17):
-    """Draw panels, `columns` a row, into a PNG. A panel is a dict: title, xlabel, ylabel, series, optional
-    xnames (text under x = 0, 1, ...) and ylim. A series: label, x, y, optional error (half length, or (down,
-    up)), kind "line", "points", "bars" or "dashed", colour (an index into COLOURS), marker (0 to 3). Points
-    whose y is None or NaN are left out. size of a panel and text height in units of DENSITY pixels."""
-    (width, height), columns = (n * DENSITY for n in size), min(columns, len(panels))
-    picture = Image.new("RGB", (width * columns, height * math.ceil(len(panels) / columns)), "white")
-    for number, panel in enumerate(panels):
-        part = Image.new("RGB", (width, height), "white")
-        draw_panel(part, panel, text * DENSITY)
-        picture.paste(part, (number % columns * width, number // columns * height))
-    write_atomic(path, lambda part: picture.save(part, "PNG"))
+def fitted(image, side):
+    """An image (H, W, 1 or 3) uint8 as (h, w, 3), the longer of them `side`."""
+    height, width = (max(1, round(n * side / max(image.shape[:2]))) for n in image.shape[:2])
+    image = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
+    return np.asarray(image.convert("RGB").resize((width, height)))
 
 
 def draw_grid(path, rows, captions=None, row_labels=None, side=160, title=""):
-    """Draw a grid of images (H, W, 1 or 3) uint8, one list a row, each fitted into side x side (twice that
-    below 256), into a PNG, with a caption (text, or (text, colour)) under each and a label in front of each
-    row."""
-    side = side if side >= 256 else 2 * side
-    text, gap = round(side * 0.09), round(side * 0.03)
-    longest = max((ImageFont.load_default(text).getlength(line) for label in row_labels or []
-                   for line in label.split("\n")), default=0)
-    margin = round(longest) + 3 * gap if row_labels else gap
-    below, head = (round(text * 1.6) if captions else gap), (round(text * 1.9) if title else gap)
-    width = margin + max(map(len, rows)) * (side + gap)
-    picture = Image.new("RGB", (width, head + len(rows) * (side + below)), "white")
-    pen = ImageDraw.Draw(picture)
-    write_text(pen, (gap, text * 0.3), title, round(text * 1.1), width=width - 2 * gap)
-    for i, row in enumerate(rows):
-        y = head + i * (side + below)
-        if row_labels:
-            write_text(pen, (gap, y + side / 2), row_labels[i], text, "lm")
-        for j, pixels in enumerate(row):
-            x = margin + j * (side + gap)
-            image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).convert("RGB")
-            picture.paste(ImageOps.pad(image, (side, side), color="white"), (x, y))
-            caption = captions[i][j] if captions else ""
-            caption, colour = caption if isinstance(caption, tuple) else (caption, "black")
-            write_text(pen, (x + side / 2, y + side + text * 0.2), caption, text, "ma", colour, side)
-    write_atomic(path, lambda part: picture.save(part, "PNG"))
+    """Draw a grid of images (H, W, 1 or 3) uint8, one list a row, into a PNG: each in its own proportions, the longer
+    side `side` hundredths of an inch, a caption (text, or (text, colour)) under each, a label in front of each row."""
+    def lines(words):
+        return len(words.split("\n")) if words else 0
 
+    columns = max(map(len, rows))
+    cell = side * DPI // 100  # pixels, as all lengths below
+    gap = 12
+    points = 7 * max(1, columns * cell / DPI / 5.9)  # 7 where the picture is shown 170 mm wide
+    line = math.ceil(1.25 * points * DPI / 72)
+    images = [[fitted(image, cell) for image in row] for row in rows]
+    labels = [wrap(label, 14 * LETTER * points / 72, points) for label in row_labels or [""] * len(rows)]
+    texts = []
+    for row in captions or [[""] * len(row) for row in rows]:
+        pairs = [caption if isinstance(caption, tuple) else (caption, "black") for caption in row]
+        texts.append([(wrap(words, cell / DPI, points), colour) for words, colour in pairs])
 
-def draw_confusion(path, table, classes):
-    """Draw a confusion matrix, table (C, C) counts with true classes as rows, into a PNG: shade is the share
-    of the row, text the count."""
-    cell, margin = max(46, 420 // len(classes)), 30 + int(max(
-        ImageFont.load_default(15).getlength(name) for name in classes))
-    side = cell * len(classes)
-    picture = Image.new("RGB", (margin + side + 30, side + margin + 70), "white")
-    pen = ImageDraw.Draw(picture)
-    write_text(pen, (margin, 8), "rows: true class, columns: predicted", 15)
-    for i, name in enumerate(classes):
-        y = 36 + i * cell
-        write_text(pen, (margin - 8, y + cell / 2), name, 15, "rm")
-        for j in range(len(classes)):
-            share, x = table[i, j] / max(table[i].sum(), 1), margin + j * cell
-            shade = tuple(int(255 - share * (255 - c)) for c in (0, 114, 178))
-            pen.rectangle([x, y, x + cell - 2, y + cell - 2], fill=shade)
-            write_text(pen, (x + cell / 2, y + cell / 2), table[i, j], 15, "mm",
-                       "white" if share > 0.5 else "black")
-        label = Image.new("RGB", (margin, 20), "white")
-        write_text(ImageDraw.Draw(label), (margin - 2, 2), name, 15, "ra")
-        picture.paste(label.rotate(90, expand=True), (margin + i * cell + cell // 2 - 10, 40 + side))
-    write_atomic(path, lambda part: picture.save(part, "PNG"))
+    left = gap + bool(row_labels) * round(14 * LETTER * points * DPI / 72)
+    width = left + columns * (cell + gap)
+    title = wrap(title, width / DPI, 1.2 * points)
+    top = gap + round(1.2 * line * lines(title))
+    heights = [max([line * lines(label), *(image.shape[0] for image in row)]) for label, row in zip(labels, images)]
+    below = [gap + line * max((lines(words) for words, _ in row), default=0) for row in texts]
+    height = top + sum(heights) + sum(below)
 
-
-# ---------------------------------------------------------------- python common.py: look at a dataset -------
-
-def outlined(pixels, item):
-    """An image (H, W, C) uint8 with the outline of each map of an item of Split.masks, a colour a class."""
-    image = np.repeat(pixels, 3 // pixels.shape[2], 2)
-    for index, path in item if isinstance(item, list) else [(1, item)]:
-        is_demo = path.startswith("demo-mask/")
-        mask = Image.fromarray(demo_image(int(path[10:]))[1]) if is_demo else Image.open(path)
-        mask = mask.convert("L").resize(image.shape[1::-1], Image.Resampling.NEAREST)
-        inside = np.pad(np.asarray(mask) > 0, 2)
-        core = inside[4:, 2:-2] & inside[:-4, 2:-2] & inside[2:-2, 4:] & inside[2:-2, :-4]
-        image[inside[2:-2, 2:-2] & ~core] = ImageColor.getrgb(COLOURS[index % len(COLOURS)])
-    return image
-
-
-def contact_sheet(path, dataset, count=6):
-    """Draw training images, `count` of each class a row, or 4 rows with the outlines of their masks."""
-    split, rows, names = dataset.splits["train"], [], []
-    spread = lambda at, most: at[np.linspace(0, len(at) - 1, min(most, len(at))).astype(int)]  # noqa: E731
-    if split.labels is None:
-        picks = spread(np.arange(len(split)), 4 * count)
-        picks = np.array_split(picks, math.ceil(len(picks) / count))
-    else:
-        hot = split.labels if split.labels.ndim > 1 else np.eye(len(dataset.classes))[split.labels]
-        picks = [spread(np.flatnonzero(column), count) for column in hot.T]
-        names = [textwrap.fill(name, 13) for name in dataset.classes]
-    for at in picks:
-        pictures = [dataset.store.image(row) for row in split.rows[at]]
-        rows.append([outlined(p, split.masks[k]) for p, k in zip(pictures, at)] if split.masks else pictures)
-    draw_grid(path, rows, row_labels=names, title=f"{dataset.name}: train")
-
-
-def main():
-    """python common.py --dataset NAME --data-dir DIR: what was understood of it, and a contact sheet."""
-    args = parse(make_parser(main.__doc__)[0])
-    dataset = load_dataset(args)
-    splits, store, sizes, bits = list(dataset.splits.values()), dataset.store, Counter(), Counter()
-    table = [["images", *map(len, splits)]]
-    for i, name in enumerate(dataset.classes if dataset.task != "masks" else []):
-        flags = [split.labels == i if split.labels.ndim == 1 else split.labels[:, i] > 0 for split in splits]
-        table.append([f"  {name}", *(int(flag.sum()) for flag in flags)])
-    if splits[0].groups:
-        table.append(["patients or lesions", *(len(set(split.groups)) for split in splits)])
-    print_table(["", *dataset.splits], table)
-    every, rows = join(splits), np.concatenate([split.rows for split in splits])
-    for i in np.linspace(0, len(rows) - 1, min(len(rows), 1000)).astype(int):  # headers alone
-        if os.path.isfile(every.paths[i]):
-            with Image.open(every.paths[i]) as image:
-                sizes[image.size] += 1
-                bits[{"1": 1, "I": 16, "F": 32}.get(image.mode.split(";")[0], 8)] += 1
-        else:
-            sizes[tuple(store.sizes[rows[i]][::-1].tolist())] += 1
-            bits[8] += 1
-    (width, height), count = sizes.most_common(1)[0]
-    say(f"sizes: most often {width}x{height} ({count} of {sizes.total()} looked at), short side from "
-        f"{min(map(min, sizes))}, long side to {max(map(max, sizes))}")
-    for what, found in (("bits a channel", bits), ("channels", Counter(store.shapes[rows][:, 2].tolist()))):
-        say(f"{what}: " + ", ".join(f"{value} ({n} images)" for value, n in sorted(found.items())))
-    leaks = [f"; {n} {name.replace('_', ' ')}" for name, n in dataset.leakage.items() if n]
-    twins = len(rows) - len(np.unique(store.hashes[rows]))
-    say(f"duplicates: {twins} images equal another one" + "".join(leaks))
-    say(f"mean {dataset.mean}, standard deviation {dataset.std}, headline metric {dataset.metric}")
-    sheet = args.output or f"{dataset.name}.png"
-    contact_sheet(sheet, dataset)
-    say(f"written: {sheet}")
-
-
-if __name__ == "__main__":
-    launch(main)
+    figure = new_figure(path, width / DPI, height / DPI)
+    if figure is None:
+        return
+    figure.text(gap / width, 1 - gap / 2 / height, title, fontsize=1.2 * points, va="top")
+    y = height - top  # from below
+    for i, row in enumerate(images):
+        figure.text(gap / width, (y - heights[i] / 2) / height, labels[i], fontsize=points, va="center")
+        for j, image in enumerate(row):
+            x = left + j * (cell + gap)
+            figure.figimage(image, x + (cell - image.shape[1]) // 2, y - (heights[i] + image.shape[0]) // 2)
+            words, colour = texts[i][j]
+            colour = colour if isinstance(colour, str) else np.array(colour) / 255
+            figure.text((x + cell / 2) / width, (y - heights[i] - gap / 4) / height, words, fontsize=points,
+                        color=colour, ha="center", va="top")
+        y -= heights[i] + below[i]
+    save_figure(figure, path)

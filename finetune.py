@@ -1,7 +1,7 @@
 """Fine-tune a classifier, choose the epoch on validation, test it once; or predict new images.
 
     python finetune.py --arch resnet18 --image-size 96 --epochs 20
-    torchrun --nproc_per_node 4 finetune.py --dataset folder --data-dir DIR --arch deit_small --init imagenet
+    torchrun --nproc_per_node 4 finetune.py --data data/mine --arch deit_small --init imagenet
     python finetune.py --predict NEW_IMAGES --init runs/RUN/model.pt --output predictions/
 
 Matsoukas et al. 2023 (arXiv:2303.07034), section 3: Adam, learning rate 1e-4 after a linear warm-up, weight
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import common
-from common import Dataset, Draws, Split, fail, say
+from common import Draws, fail, say
 
 CHECK_EVERY = 20  # steps between looks at the loss: a look waits for the device
 
@@ -43,7 +43,9 @@ def arguments():
                        help="brightness, contrast, saturation, hue (default, paper: 0.2 0.2 0.1 0.1)")
     groups["run"].add_argument("--predict", metavar="FOLDER_OR_CSV",
                                help="no training: predictions.csv of these images by the model of --init")
-    args = common.parse(parser)
+    groups["run"].add_argument("--skip-broken", action="store_true",
+                               help="--predict: leave out files that cannot be decoded")
+    args = common.parse(parser, "finetune")
     if not 0 < args.scale[0] <= args.scale[1] <= 1:
         fail(f"--scale {args.scale[0]} {args.scale[1]}: expected 0 < LOW <= HIGH <= 1")
     return args
@@ -88,9 +90,11 @@ def freeze_backbone(model):
         parameter.requires_grad = True
 
 
-def predict(model, dataset, split, args, run):
-    """Logits (N, classes) float32 on the CPU, in the split's order, on every process."""
-    return common.outputs(model.eval(), len(dataset.classes), dataset, split, args, run, "evaluating")
+def predict(model, dataset, rows, args, run):
+    """Logits (n, classes) float32 of rows of a dataset on the CPU, in their order, on every process."""
+    loader = common.load_batches(dataset.images, common.shards(rows, run, 128), run.device)
+    return common.outputs(model.eval(), len(dataset.classes), loader, len(rows), args.image_size, dataset.mean,
+                          dataset.std, run, "evaluating")
 
 
 def probabilities(logits, task):
@@ -100,22 +104,22 @@ def probabilities(logits, task):
 
 def train_epoch(model, optimizer, scaler, dataset, args, run, epoch, drops):
     """One pass over train. Returns the mean loss and the images a second."""
-    split, order = dataset.splits["train"], common.epoch_order(
-        len(dataset.splits["train"]), args.batch_size, args.seed, epoch)
+    rows = dataset.rows["train"]
+    order = common.epoch_order(len(rows), args.batch_size, args.seed, epoch)
     mine = common.own_share(args.batch_size, run)
-    labels = torch.from_numpy(split.labels).to(run.device)
+    labels = torch.from_numpy(dataset.labels[rows]).to(run.device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     torch.manual_seed(hash((args.seed, epoch)) % 2 ** 31)  # of dropout and drop path, where there are any
     model.train(not args.freeze)
     total, seen, begin = torch.zeros((), device=run.device), 0, time.time()
-    loader = common.load_batches(dataset.store, [split.rows[batch[mine]] for batch in order], run.device)
+    loader = common.load_batches(dataset.images, [rows[batch[mine]] for batch in order], run.device)
     bar = tqdm(loader, f"epoch {epoch + 1}/{args.epochs}", len(order), leave=False, disable=run.rank > 0)
-    for i, (images, sizes) in enumerate(bar):
+    for i, images in enumerate(bar):
         step = epoch * len(order) + i
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.epochs * len(order), args, drops)
         draws = Draws((args.seed, epoch, i), args.batch_size, mine, run.device)
-        view = common.train_view(images, sizes, draws, args, dataset.mean, dataset.std)
+        view = common.train_view(images, draws, args, dataset.mean, dataset.std)
         with run.autocast():
             logits = model(view)
         loss = loss_function(logits, labels[common.upload(order[i][mine], run.device)])
@@ -137,7 +141,8 @@ def train_epoch(model, optimizer, scaler, dataset, args, run, epoch, drops):
 def validation_score(dataset, labels, logits):
     """(what to maximise, metrics): the headline, or minus the loss where it is not defined on validation."""
     truth = labels if labels.ndim > 1 else labels.astype(np.int64)
-    values = common.all_metrics(dataset.task, dataset.classes, truth, probabilities(logits, dataset.task))
+    scores = probabilities(logits, dataset.task)
+    values = common.all_metrics(dataset.task, dataset.classes, truth, scores, dataset.ordinal)
     loss = loss_function(logits, torch.from_numpy(truth)).item()
     headline = values[dataset.metric]
     return (-loss if headline is None else headline), {"loss": loss, **values}
@@ -147,7 +152,7 @@ def save_model(path, model, dataset, args, pretrained_on):
     """model.pt: the weights in timm's names, and all that a later stage needs to use them."""
     content = {"stage": "finetune", "arch": args.arch, "init": args.init_label,
                "num_classes": len(dataset.classes), "dataset": dataset.name, "image_size": args.image_size,
-               "resize": args.resize, "mean": dataset.mean, "std": dataset.std, "classes": dataset.classes,
+               "side": dataset.side, "fit": dataset.fit, "mean": dataset.mean, "std": dataset.std, "classes": dataset.classes,
                "task": dataset.task, "pretrained_on": pretrained_on,
                "state_dict": {k: v.cpu().contiguous() for k, v in model.state_dict().items()}}
     common.write_atomic(path, lambda part: torch.save(content, part))
@@ -173,11 +178,11 @@ def fit(model, dataset, args, run, folder, pretrained_on):
         wrapped = torch.nn.parallel.DistributedDataParallel(wrapped, broadcast_buffers=False)
     if args.compile:
         wrapped = torch.compile(wrapped)
-    split = dataset.splits["val"]
+    val = dataset.rows["val"]
     for epoch in range(len(log), args.epochs):
         begin = time.time()
         loss, speed = train_epoch(wrapped, optimizer, scaler, dataset, args, run, epoch, plateau_drops(log))
-        score, values = validation_score(dataset, split.labels, predict(model, dataset, split, args, run))
+        score, values = validation_score(dataset, dataset.labels[val], predict(model, dataset, val, args, run))
         improved = score > max((entry["score"] for entry in log), default=-math.inf)
         log.append({"epoch": epoch + 1, "loss": loss, "val": values, "score": score,
                     "lr": optimizer.param_groups[0]["lr"], "images_per_second": speed,
@@ -207,28 +212,55 @@ def draw_training(folder, dataset, log, labels, scores):
     if dataset.task == "classes":
         count = len(dataset.classes)
         table = np.bincount(labels * count + scores.argmax(1), minlength=count ** 2).reshape(count, count)
-        common.draw_confusion(folder / "confusion.png", table, dataset.classes)
+        draw_confusion(folder / "confusion.png", table, dataset.classes)
+
+
+def draw_confusion(path, table, classes):
+    """Draw a confusion matrix, table (C, C) counts with true classes as rows: the shade is the share of the row."""
+    side = min(max(3, 0.9 * len(classes)), 11)  # inches
+    points = min(14, 0.4 * 72 * side / len(classes))  # two lines in a cell
+    figure = common.new_figure(path, side + 4, side + 4)
+    if figure is None:
+        return
+    axis = figure.add_axes((0.2, 0.2, side / (side + 4), side / (side + 4)))
+    shares = table / table.sum(1, keepdims=True).clip(1)
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.set_xlabel("predicted class", fontsize=14)
+    axis.set_ylabel("true class", fontsize=14)
+    if len(classes) <= 40:  # of more, nothing could be read
+        names = [common.wrap(name, 0.17 * points, points, max_lines=2, placeholder="...") for name in classes]
+        too_wide = max(map(len, names)) * common.LETTER * points / 72 > side / len(classes)
+        axis.set_xticks(range(len(classes)), names, rotation=90 if too_wide else 0, fontsize=points)
+        axis.set_yticks(range(len(classes)), names, fontsize=points)
+        for (i, j), share in np.ndenumerate(shares):
+            axis.text(j, i, table[i, j], fontsize=points, ha="center", va="center",
+                      color="white" if share > 0.5 else "black")
+    common.save_figure(figure, path, bbox_inches="tight")
 
 
 def finish(model, dataset, args, run, folder, log, pretrained_on):
     """Test the best epoch once; write predictions.csv, the pictures and, last, metrics.json."""
     weights, _ = common.read_checkpoint(folder / "model.pt")
     model.load_state_dict(weights)
-    split = dataset.splits["test"]
-    logits = predict(model, dataset, split, args, run)
+    rows = dataset.rows["test"]
+    logits = predict(model, dataset, rows, args, run)
     if run.rank > 0:
         return
     scores = probabilities(logits, dataset.task)
-    test = common.score_split(dataset, "test", split.labels, scores)
+    labels, images = dataset.labels[rows], [dataset.paths[row] for row in rows]
+    test = common.score_test(dataset, scores)
     best = max(log, key=lambda entry: entry["score"])
-    common.write_predictions(folder / "predictions.csv", dataset, split.paths, split.labels, scores)
-    draw_training(folder, dataset, log, split.labels, scores)
+    common.write_predictions(folder / "predictions.csv", dataset.task, dataset.classes, images, labels,
+                             dataset.groups_of(rows), scores)
+    draw_training(folder, dataset, log, labels, scores)
     headline = f"{dataset.metric} {common.show(test[dataset.metric])}"
     common.write_json(folder / "metrics.json", {
         "stage": "finetune", "dataset": dataset.name, "arch": args.arch, "init": args.init_label,
         "pretrained_on": pretrained_on, "seed": args.seed, "freeze": args.freeze, "metric": dataset.metric,
         "val": best["val"], "test": test, "best_epoch": best["epoch"], "counts": dataset.counts,
-        "split": dataset.split_id, "leakage": dataset.leakage, "image_size": args.image_size,
+        "split": dataset.fingerprint, "leakage": dataset.leakage, "image_size": args.image_size,
         "epochs": args.epochs,
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": sum(entry["seconds"] for entry in log),
@@ -238,44 +270,37 @@ def finish(model, dataset, args, run, folder, log, pretrained_on):
     common.print_table(["", "val", "test"], [[name, common.show(best["val"][name]), common.show(test[name])]
                                              for name in common.METRICS if name in test])
     low, high = test["interval"] or (None, None)
-    say(f"best epoch {best['epoch']} of {args.epochs}, {len(split)} test images, {headline} "
+    say(f"best epoch {best['epoch']} of {args.epochs}, {len(rows)} test images, {headline} "
         f"(95 % interval {common.show(low)} to {common.show(high)})")
     if test["undefined"]:
         say(f"not in the test split, left out of the averages: {', '.join(test['undefined'])}")
     say(f"written: {folder}")
 
 
-def new_images(source, args, meta):
-    """The unlabelled images of --predict, a folder or a CSV with --image-column: a dataset of one split."""
-    if Path(source).is_dir():
-        paths = common.images_under(source)
-        if not paths:
-            fail(f"--predict {source}: no images in this folder")
-    elif Path(source).suffix.lower() == ".csv":
-        names = [row[args.image_column] for row in common.read_csv(source, [args.image_column])]
-        paths = common.resolve_paths(source, names, [Path(source).parent, Path(source).parent / "images"])
-    else:
-        fail(f"--predict {source}: neither a folder nor a CSV file")
-    return Dataset("predict", meta["task"], meta["classes"], {"test": Split(paths)}, mean=meta["mean"],
-                   std=meta["std"])
-
-
 def predict_new(args, run):
-    """--predict: the model of --init on new images, by the means, sizes and classes in its model.pt."""
+    """--predict: the model of --init on image files, by the fit, means, sizes and classes in its model.pt."""
     if args.init in ("random", "imagenet", "imagenet-dino"):
         fail("--predict needs --init RUN/model.pt, a model that finetune.py has trained")
     model, meta = common.load_trained(args.init)
-    args.image_size, args.resize = meta["image_size"], meta["resize"]
-    dataset, folder = new_images(args.predict, args, meta), Path(args.output or "predictions")
+    root, names = common.new_images(args.predict)
+    folder = Path(args.output or "predictions")
     if (folder / "args.json").exists() or (folder.exists() and not folder.is_dir()):
         fail(f"--output {folder} holds a training run or is a file; give a new folder for the predictions")
-    common.attach_store(dataset, args)
-    logits = predict(common.to_device(model, run), dataset, dataset.splits["test"], args, run)
+    paths = [str(root / name) for name in names]
+    broken = {}
+    files = common.load_files(paths[run.rank::run.world], meta["side"], meta["fit"], broken)
+    loader = (images for images, _ in files)
+    model = common.to_device(model, run)
+    logits = common.outputs(model, len(meta["classes"]), loader, len(paths), meta["image_size"], meta["mean"],
+                            meta["std"], run, "predicting")
+    broken = common.report_broken(broken, run, args.skip_broken)
     if run.rank == 0:
+        kept = [i for i, path in enumerate(paths) if path not in broken]
+        scores = probabilities(logits[kept], meta["task"])
         folder.mkdir(parents=True, exist_ok=True)
-        paths, scores = dataset.splits["test"].paths, probabilities(logits, dataset.task)
-        common.write_predictions(folder / "predictions.csv", dataset, paths, None, scores)
-        say(f"written: {folder}/predictions.csv, {len(paths)} images")
+        common.write_predictions(folder / "predictions.csv", meta["task"], meta["classes"],
+                                 [names[i] for i in kept], None, None, scores)
+        say(f"written: {folder}/predictions.csv, {len(kept)} images")
 
 
 def main():
@@ -285,14 +310,14 @@ def main():
     if args.predict:
         return predict_new(args, run)
     common.own_share(args.batch_size, run)
-    folder = common.open_run(args, run, "finetune")
-    dataset = common.load_dataset(args)
-    images = len(dataset.splits["train"])
-    if images < args.batch_size:
-        fail(f"--batch-size {args.batch_size} is more than the {images} training images")
+    dataset = common.load_dataset(args, labels=True)
+    folder = common.open_run(args, run, dataset)
+    common.note_enlarged(dataset, args.image_size, common.centre_box(dataset.side)[1])
+    if len(dataset.rows["train"]) < args.batch_size:
+        fail(f"--batch-size {args.batch_size} is more than the {len(dataset.rows['train'])} training images")
     model, pretrained_on = common.build_model(args, len(dataset.classes))
     model = common.to_device(model, run)
-    common.write_args(folder, args, run, ["curves.png", "confusion.png"])
+    common.write_args(folder, args, run, dataset, ["curves.png", "confusion.png"])
     log = fit(model, dataset, args, run, folder, pretrained_on)
     finish(model, dataset, args, run, folder, log, pretrained_on)
 

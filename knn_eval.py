@@ -27,7 +27,7 @@ def arguments():
     knn.add_argument("--pool", default="auto", choices=["auto", "cls", "mean"],
                      help="ViT feature: CLS token or mean of patches (auto: the model's own, CLS for DeiT)")
     knn.add_argument("--batch-size", type=int, default=128, help="images at a time and process (default 128)")
-    args = common.parse(parser)
+    args = common.parse(parser, "knn_eval")
     if not all(k.strip().isdigit() and int(k) > 0 for k in args.k.split(",")):
         fail(f"--k {args.k}: expected whole numbers, comma separated, such as 1,5,20,200")
     if args.temperature <= 0:
@@ -80,35 +80,41 @@ def main():
     """Extract features, vote, score."""
     args = arguments()
     run = common.start(args)
-    folder = common.open_run(args, run, "knn_eval")
     begin = time.time()
-    dataset = common.load_dataset(args)
+    dataset = common.load_dataset(args, labels=True)
+    folder = common.open_run(args, run, dataset)
+    common.note_enlarged(dataset, args.image_size, common.centre_box(dataset.side)[1])
     if args.init not in ("random", "imagenet", "imagenet-dino"):
         _, meta = common.read_checkpoint(args.init, args.init_key)
         dataset.mean, dataset.std = meta.get("mean", dataset.mean), meta.get("std", dataset.std)
     model, pretrained_on = common.build_model(args, 0)
     model = common.to_device(model, run).eval()
-    common.write_args(folder, args, run, ["features.npz"])
+    common.write_args(folder, args, run, dataset, ["features.npz"])
     if args.compile:
         model.forward_features = torch.compile(model.forward_features)
-    splits, seconds = dataset.splits, time.time()
-    feats = {name: common.extract(model, dataset, split, args, run, args.pool, args.batch_size)
-             for name, split in splits.items()}
+    seconds = time.time()
+    feats = {name: common.extract(model, dataset, rows, args, run, args.pool, args.batch_size)
+             for name, rows in dataset.rows.items()}
     speed = sum(dataset.counts.values()) / (time.time() - seconds)
     if run.rank > 0:
         return
-    labels = {name: split.labels for name, split in splits.items()}
-    arrays = {f"{name}_{what}": value for name, split in splits.items() for what, value in
-              (("features", feats[name].numpy()), ("labels", split.labels), ("paths", np.array(split.paths)))}
+    labels = {name: dataset.labels[rows] for name, rows in dataset.rows.items()}
+    images = {name: [dataset.paths[row] for row in rows] for name, rows in dataset.rows.items()}
+    arrays = {}
+    for name in dataset.rows:
+        arrays[f"{name}_features"] = feats[name].numpy()
+        arrays[f"{name}_labels"] = labels[name]
+        arrays[f"{name}_images"] = np.array(images[name])
 
     def save(part):
         with open(part, "wb") as out:
             np.savez(out, classes=np.array(dataset.classes), **arrays)
     common.write_atomic(folder / "features.npz", save)
 
-    ks = sorted({min(int(k), len(splits["train"])) for k in args.k.split(",")})
-    if max(int(k) for k in args.k.split(",")) > len(splits["train"]):
-        say(f"note: there are {len(splits['train'])} training images; k above that is cut to it")
+    count = len(labels["train"])
+    ks = sorted({min(int(k), count) for k in args.k.split(",")})
+    if max(int(k) for k in args.k.split(",")) > count:
+        say(f"note: there are {count} training images; k above that is cut to it")
     unit = {name: F.normalize(value, dim=1).to(run.device) for name, value in feats.items()}
     targets = torch.from_numpy(labels["train"])
     targets = F.one_hot(targets, len(dataset.classes)) if targets.ndim == 1 else targets
@@ -119,16 +125,16 @@ def main():
     value = lambda name, k: common.metric(  # noqa: E731
         dataset.metric, dataset.task, labels[name], scores[name][k])
     best = max(ks, key=lambda k: (value("val", k) or 0, -k))
-    val = common.all_metrics(dataset.task, dataset.classes, labels["val"], scores["val"][best])
-    test = common.score_split(dataset, "test", labels["test"], scores["test"][best])
-    common.write_predictions(folder / "predictions.csv", dataset, splits["test"].paths, labels["test"],
-                             scores["test"][best])
+    val = common.all_metrics(dataset.task, dataset.classes, labels["val"], scores["val"][best], dataset.ordinal)
+    test = common.score_test(dataset, scores["test"][best])
+    common.write_predictions(folder / "predictions.csv", dataset.task, dataset.classes, images["test"],
+                             labels["test"], dataset.groups_of(dataset.rows["test"]), scores["test"][best])
     headline = f"{dataset.metric} {common.show(test[dataset.metric])}"
     common.write_json(folder / "metrics.json", {
         "stage": "knn_eval", "dataset": dataset.name, "arch": args.arch, "init": args.init_label,
         "pretrained_on": pretrained_on, "seed": args.seed, "metric": dataset.metric, "k": best,
         "by_k": {k: {"val": value("val", k), "test": value("test", k)} for k in ks}, "val": val, "test": test,
-        "counts": dataset.counts, "split": dataset.split_id, "leakage": dataset.leakage,
+        "counts": dataset.counts, "split": dataset.fingerprint, "leakage": dataset.leakage,
         "image_size": args.image_size, "pool": args.pool, "epochs": 0,
         "parameters": sum(p.numel() for p in model.parameters()), "seconds": time.time() - begin,
         "images_per_second": speed, "device": common.device_name(run.device), "amp": run.amp,
@@ -136,7 +142,7 @@ def main():
     common.print_table(["k", f"val {dataset.metric}", f"test {dataset.metric}"],
                        [[k, common.show(value("val", k)), common.show(value("test", k))] for k in ks])
     low, high = test["interval"] or (None, None)
-    say(f"k = {best}, best on validation: {headline} on {len(splits['test'])} test images "
+    say(f"k = {best}, best on validation: {headline} on {len(labels['test'])} test images "
         f"(95 % interval {common.show(low)} to {common.show(high)}), features at {speed:.1f} images/s")
     say(f"written: {folder}")
 

@@ -1,7 +1,7 @@
 """Pretrain a backbone on a dataset's images without their labels, by self-distillation (DINO).
 
     python pretrain_dino.py --arch deit_tiny --image-size 96 --epochs 60
-    torchrun --nproc_per_node 4 pretrain_dino.py --dataset folder --data-dir DIR --init imagenet
+    torchrun --nproc_per_node 4 pretrain_dino.py --data data/mine --init imagenet
 
 Caron et al. 2021 (arXiv:2104.14294), as in Matsoukas et al. 2023, section 3. A student sees 2 large and
 several small crops of an image, its teacher the 2 large ones; the student learns to give the output that the
@@ -82,7 +82,7 @@ def arguments():
     train.add_argument("--on-collapse", default="warn", choices=["warn", "stop"], help="say so, or stop")
     groups["run"].add_argument("--preview", action="store_true", help="write crops.png and stop")
     groups["run"].add_argument("--export", metavar="FILE.safetensors", help="the backbone for timm as well")
-    args = common.parse(parser)
+    args = common.parse(parser, "pretrain_dino")
     for name in ("global_scale", "local_scale"):
         low, high = getattr(args, name) or (0.5, 1)
         if not 0 < low <= high <= 1:
@@ -243,13 +243,13 @@ def solarize(images, draws, probability):
     return torch.where(chosen, 1 - images, images)
 
 
-def make_crops(images, sizes, draws, args, mean, std):
+def make_crops(images, draws, args, mean, std):
     """The views of a batch, view by view: [large (2 * B, 3, S, S), small (local_crops * B, 3, s, s)]."""
     views, large, small = [], (args.global_scale, args.image_size), (args.local_scale, args.local_size)
     for view in range(2 + args.local_crops):
         scale, side = large if view < 2 else small
         flips = (draws.uniform(2) < 0.5) & common.upload([False, True], draws.device)
-        crop = common.crop_resize(images, common.random_boxes(draws, sizes, scale), side, flips)
+        crop = common.crop_resize(images, common.random_boxes(draws, images.shape[1], scale), side, flips)
         crop = grey(common.color_jitter(crop, draws, args.jitter), draws, args.grey)
         crop = blur(crop, draws, args.blur[min(view, 2)])
         crop = solarize(crop, draws, args.solarize) if view == 1 else crop
@@ -283,8 +283,8 @@ def train_epoch(state, dataset, args, run, epoch, plan):
     """One pass over the images. Returns {"loss", "entropy", "marginal_entropy", "images_per_second"}: the
     entropies, in nats, of the teacher's outputs and of their mean over a batch, means over the epoch."""
     lr, decay, momentum, temps = plan
-    split = dataset.splits["train"]
-    order = common.epoch_order(len(split), args.batch_size, args.seed, epoch)
+    rows = dataset.rows["train"]
+    order = common.epoch_order(len(rows), args.batch_size, args.seed, epoch)
     part = args.batch_size // args.accumulate
     mine = common.own_share(part, run, "--batch-size / --accumulate")
     views, temp = 2 + args.local_crops, float(temps[epoch])
@@ -292,8 +292,8 @@ def train_epoch(state, dataset, args, run, epoch, plan):
     state.student.train()
     state.teacher.train()  # its batch norm follows its own batches, as in the authors' code
     sums, begin = torch.zeros(3, device=run.device), time.time()
-    batches = [split.rows[batch[i * part + mine]] for batch in order for i in range(args.accumulate)]
-    loader = common.load_batches(dataset.store, batches, run.device)
+    batches = [rows[batch[i * part + mine]] for batch in order for i in range(args.accumulate)]
+    loader = common.load_batches(dataset.images, batches, run.device)
     bar = tqdm(range(len(order)), f"epoch {epoch + 1}/{args.epochs}", leave=False, disable=run.rank > 0)
     for i in bar:
         step = epoch * len(order) + i
@@ -305,9 +305,9 @@ def train_epoch(state, dataset, args, run, epoch, plan):
         for j in range(args.accumulate):
             if run.world > 1:  # the processes' gradients are summed once a step, with the last part
                 state.wrapped.require_backward_grad_sync = j == args.accumulate - 1
-            images, sizes = next(loader)
+            images = next(loader)
             draws = Draws((args.seed, epoch, i), args.batch_size, j * part + mine, run.device)
-            crops = make_crops(images, sizes, draws, args, dataset.mean, dataset.std)
+            crops = make_crops(images, draws, args, dataset.mean, dataset.std)
             with torch.no_grad(), run.autocast():
                 logits = state.teacher(crops[0])[0].float()
             target = (sinkhorn(logits, temp, run) if args.centering == "sinkhorn" else
@@ -346,14 +346,17 @@ def examine(state, dataset, args, run, probe):
     """The teacher's features on up to 512 validation images: {"feature_std"}, the mean over dimensions of
     their standard deviation once L2-normalised, times sqrt(dim), so that 1 is as spread as can be and 0 is
     one point; with probe also {"knn"}, the accuracy of 20 neighbours out of up to 2048 training images."""
-    def sample(split, most):
-        split = split.take(np.unique(np.linspace(0, len(split) - 1, min(len(split), most)).astype(int)))
-        return split.labels, F.normalize(common.extract(backbone, dataset, split, args, run), dim=1)
+    def sample(name, most):
+        rows = dataset.rows[name]
+        rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), most)).astype(int))]
+        return rows, F.normalize(common.extract(backbone, dataset, rows, args, run), dim=1)
     backbone = state.teacher.eval().backbone
-    labels, queries = sample(dataset.splits["val"], 512)
+    asked, queries = sample("val", 512)
     result = {"feature_std": (queries.std(0).mean() * math.sqrt(queries.shape[1])).item()}
-    if probe and labels is not None and labels.ndim == 1:
-        known, keys = sample(dataset.splits["train"], 2048)
+    if probe and dataset.task == "classes":
+        labels = dataset.labels[asked]
+        rows, keys = sample("train", 2048)
+        known = dataset.labels[rows]
         near, index = (queries @ keys.T).topk(min(20, len(keys)), dim=1)
         known = F.one_hot(torch.from_numpy(known), len(dataset.classes))
         votes = known[index] * (near / 0.07).exp()[..., None]
@@ -381,7 +384,7 @@ def save_model(path, state, dataset, args, pretrained_on):
     """model.pt: the teacher's backbone in timm's names, and what a later stage needs to use it."""
     weights = {k: v.cpu().contiguous() for k, v in state.teacher.backbone.state_dict().items()}
     content = {"stage": "pretrain_dino", "arch": args.arch, "init": args.init_label, "num_classes": 0,
-               "image_size": args.image_size, "resize": args.resize, "mean": dataset.mean, "std": dataset.std,
+               "image_size": args.image_size, "side": dataset.side, "fit": dataset.fit, "mean": dataset.mean, "std": dataset.std,
                "classes": [], "task": dataset.task, "dataset": dataset.name, "pretrained_on": pretrained_on,
                "state_dict": weights}
     common.write_atomic(path, lambda part: torch.save(content, part))
@@ -392,13 +395,16 @@ def save_model(path, state, dataset, args, pretrained_on):
 
 def draw_crops(path, dataset, args):
     """A row per image: the image, its two large crops, its small ones, as the student sees them."""
-    rows = np.random.default_rng(args.seed).permutation(dataset.splits["train"].rows)[:6]
-    images, sizes = common.read_batch(dataset.store, rows)
+    rows = np.random.default_rng(args.seed).permutation(dataset.rows["train"])[:6]
+    images = common.read_batch(dataset.images, rows)
     draws = Draws((args.seed, "preview"), len(rows), torch.arange(len(rows)), "cpu")
     views = [(255 * view.permute(0, 2, 3, 1)).round().byte().numpy() for crops in
-             make_crops(images, sizes, draws, args, [0.0] * 3, [1.0] * 3) for view in crops.split(len(rows))]
+             make_crops(images, draws, args, [0.0] * 3, [1.0] * 3) for view in crops.split(len(rows))]
     names = ["image", "large 1", "large 2", *(f"small {i + 1}" for i in range(args.local_crops))]
-    pictures = [[dataset.store.image(row), *(view[i] for view in views)] for i, row in enumerate(rows)]
+    pictures = []
+    for i, row in enumerate(rows):
+        whole = common.in_proportion(dataset.images[row], dataset.sizes[row], dataset.fit, 256)
+        pictures.append([whole, *(view[i] for view in views)])
     common.draw_grid(path, pictures, [names] * len(rows), side=128, title=dataset.name)
 
 
@@ -421,9 +427,9 @@ def main():
     """Load or build, train, watch, save."""
     args = arguments()
     run = common.start(args)
-    folder = Path(args.output or ".") if args.preview else common.open_run(args, run, "pretrain_dino")
-    dataset = common.load_dataset(args)
-    images = len(dataset.splits["train"])
+    dataset = common.load_dataset(args, ("train", "val"))
+    folder = Path(args.output or ".") if args.preview else common.open_run(args, run, dataset)
+    images = len(dataset.rows["train"])
     settings = with_recipe(args, images, run)
     if args.preview:  # touches no run
         if run.rank > 0:
@@ -432,7 +438,7 @@ def main():
         draw_crops(folder / "crops.png", dataset, settings)
         return say(f"written: {folder / 'crops.png'}")
     student, teacher, pretrained_on = build(settings, run)
-    common.write_args(folder, args, run, ["crops.png", "curves.png"])
+    common.write_args(folder, args, run, dataset, ["crops.png", "curves.png"])
     if run.rank == 0:
         draw_crops(folder / "crops.png", dataset, settings)
     recipe = {name: getattr(settings, name) for name in ["recipe", *PAPER, "local_size"]}
@@ -497,7 +503,7 @@ def main():
         "pretrained_on": pretrained_on, "seed": args.seed, "settings": recipe, "metric": "knn",
         "val": {"knn": last.get("knn"), "knn_before": start.get("knn"), "loss": last["loss"],
                 "entropy": last["entropy"], "feature_std": last["feature_std"]}, "test": {},
-        "collapse": last["collapse"], "counts": dataset.counts, "split": dataset.split_id,
+        "collapse": last["collapse"], "counts": dataset.counts, "split": dataset.fingerprint,
         "image_size": args.image_size, "epochs": args.epochs,
         "parameters": sum(p.numel() for p in student.backbone.parameters()),
         "seconds": sum(e["seconds"] for e in log), "device": common.device_name(run.device), "amp": run.amp,

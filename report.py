@@ -35,8 +35,8 @@ STAGES = {"finetune": "fine-tuning", "probe": "linear probe", "knn_eval": "k-NN"
 NEEDED = {**dict.fromkeys(("stage", "dataset", "arch", "init", "metric"), str), "seed": int, "val": dict,
           "test": dict}
 VITS = ("vit", "deit", "beit", "eva", "cait", "xcit", "swin")  # all other architectures count as CNNs
-NO_RECIPE = common.NOT_COMPARED | {"arch", "init", "init_label", "init_key", "seed", "data_dir", "csv",
-                                   "split_file"}  # arguments in which runs of one table may differ
+# arguments in which runs of one table may differ
+NO_RECIPE = common.NOT_COMPARED | {"arch", "init", "init_label", "init_key", "seed"}
 QUESTIONS = [  # the paper's, each with the comparison, the kind of run and the starts that answer it
     ("Does the ViT lose from scratch?", "vit", "finetune", ["random"]),
     ("Is the ViT on par from ImageNet weights?", "vit", "finetune", ["imagenet"]),
@@ -201,9 +201,10 @@ def image_scores(run):
             score = lambda at: float(values[at].mean(0).mean())  # noqa: E731
         else:
             task = "multilabel" if "roc_auc_by_label" in run["test"] else "classes"
-            classes, values = head[3:], np.array([row[3:] for row in rows], float)
-            labels = np.array([classes.index(row[1]) if task == "classes" else
-                               [float(name in split_names(row[1], classes)) for name in classes]
+            label, first = head.index("label"), head.index("predicted") + 1
+            classes, values = head[first:], np.array([row[first:] for row in rows], float)
+            labels = np.array([classes.index(row[label]) if task == "classes" else
+                               [float(name in split_names(row[label], classes)) for name in classes]
                                for row in rows])
             score = lambda at: float(np.array(  # noqa: E731
                 common.metric(run["metric"], task, labels[at], values[at]), float))  # None becomes nan
@@ -555,7 +556,7 @@ def rendered(part, output):
         return f"{caption} *Missing: no run has it.*", f'<p class="warn">{text} Missing: no run has it.</p>'
     data = base64.b64encode((output / name).read_bytes()).decode()
     with Image.open(output / name) as image:
-        width = min(image.width // common.DENSITY, 960)
+        width = min(image.width * 96 // 200, 960)  # pictures have 200 dots an inch
     return f"![{caption}]({name})\n\n{caption}", (
         f'<figure><img width="{width}" alt="{text}" src="data:image/png;base64,{data}">'
         f"<figcaption>{text}</figcaption></figure>")

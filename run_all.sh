@@ -3,42 +3,39 @@
 #
 #   bash run_all.sh                                              # the demo: minutes on a laptop
 #   DRY_RUN=1 bash run_all.sh                                    # the plan: steps, what is done, time left
-#   DATASET=folder DATA_DIR=/data/mine NPROC=4 bash run_all.sh   # the paper's settings on your images
+#   DATA=data/mine NPROC=4 bash run_all.sh                       # the paper's settings on a folder of prepare.py
+#   DATA=data/mine SOURCE=/files/mine bash run_all.sh            # which is prepared first
 #
 # All settings are environment variables; lists and flags are separated by blanks.
 set -ufo pipefail
 from=$PWD
 cd "$(dirname "$0")" || exit 2
 
-DATASET=${DATASET:-demo}   # as --dataset
-DATA_DIR=${DATA_DIR:-}     # as --data-dir
-DATA_FLAGS=${DATA_FLAGS:-} # further data flags: "--label-column diagnosis --split-column split"
-RUNS=${RUNS:-$PWD/runs/$DATASET}  # where the run folders go
-case ${DATA_DIR:-/} in /*) ;; *) DATA_DIR=$from/$DATA_DIR ;; esac
+DATA=${DATA:-data/demo}     # the prepared folder, as --data; data/demo makes itself
+SOURCE=${SOURCE:-}          # what to prepare into it, if it is not there, with
+PREPARE_FLAGS=${PREPARE_FLAGS:-}  # these flags of prepare.py: "--label-column diagnosis --group-column patient"
+DATA_FLAGS=${DATA_FLAGS:-}  # further flags of all stages: "--limit 1000"
+demo=0
+[ "$DATA" != data/demo ] || demo=1
+RUNS=${RUNS:-$PWD/runs/$(basename "$DATA")}  # where the run folders go
+[ $demo = 1 ] || case $DATA in /*) ;; *) DATA=$from/$DATA ;; esac
+case ${SOURCE:-/} in /*) ;; *) SOURCE=$from/$SOURCE ;; esac
 case $RUNS in /*) ;; *) RUNS=$from/$RUNS ;; esac
-RUNS=${RUNS#"$PWD/"} DATA_DIR=${DATA_DIR#"$PWD/"}
+RUNS=${RUNS#"$PWD/"} DATA=${DATA#"$PWD/"}
 
-has_masks=0 has_classes=1  # where segmentation and classification are to be had
-case $DATASET in
-  demo) has_masks=1 ;;
-  isic2018|csaws) has_masks=1 has_classes=0 ;;
-  folder|csv)
-    if [ -d "$DATA_DIR/masks" ] || [ -d "$DATA_DIR/train/masks" ]; then
-      has_masks=1
-      [ "$DATASET" = csv ] || has_classes=0
-    fi ;;
-esac
-usual_inits="random imagenet dino"
-[ "$has_classes$DATASET" = 0folder ] && usual_inits="random imagenet"  # pretraining reads classes or a CSV
+refuse() { echo "error: $*" >&2; exit 2; }
+if [ $demo = 0 ] && [ ! -f "$DATA/images.npy" ] && [ -z "$SOURCE" ]; then
+  refuse "DATA=$DATA is no prepared folder; make it: python prepare.py SOURCE --output $DATA"
+fi
 
-default() {  # default VARIABLE DEMO OTHER: DEMO on the demo, OTHER on any other dataset, unless the variable is set
+default() {  # default VARIABLE DEMO OTHER: DEMO on the demo, OTHER on any other data, unless the variable is set
   local value=$3
-  [ "$DATASET" = demo ] && value=$2
+  [ $demo = 0 ] || value=$2
   [ -n "${!1+set}" ] || printf -v "$1" %s "$value"
 }
 #       variable         the demo's               all others': the paper's
 default ARCHS           "resnet18 deit_tiny"     "resnet50 deit_small"
-default INITS           "random dino"            "$usual_inits"  # dino: pretrained here, on DATASET's own images
+default INITS           "random dino"            "random imagenet dino"  # dino: pretrained here, on DATA's own images
 default SEEDS           "0"                      "0 1 2 3 4"
 default IMAGE_SIZE      64                       224             # pixels
 default EPOCHS          5                        50              # of fine-tuning
@@ -47,8 +44,8 @@ default CAPACITY_INITS  "random"                 "random imagenet"
 default DINO_EPOCHS     2                        100
 default DINO_INIT       "random"                 "auto"  # auto: imagenet if all its weights can be had, else random
 default DINO_PER_SEED   0                        0       # 1: each seed has its own pretraining; 0: all share one
-default SEGMENT         "$has_masks"             "$has_masks"    # 1: segmentation (needs masks)
-default CLASSIFY        "$has_classes"           "$has_classes"  # 0: the dataset has masks only
+default SEGMENT         auto                     auto    # 1: segmentation (auto: where there are masks)
+default CLASSIFY        auto                     auto    # 0: no classification (auto: where there are labels)
 default SEGMENT_INITS   "random"                 "$INITS"
 default SEGMENT_EPOCHS  4                        50
 default FINETUNE_FLAGS  "--lr 1e-3"              ""      # from random weights on few images; the paper's is 1e-4
@@ -62,12 +59,11 @@ default NNODES          1                        1       # machines: start the s
 default RDZV            localhost:29500          localhost:29500   # the first machine's host:port, and
 default NODE            "${SLURM_NODEID:-0}"     "${SLURM_NODEID:-0}"  # this machine's number; RUNS is shared
 default DRY_RUN         0                        0
-variables="DATASET DATA_DIR DATA_FLAGS RUNS ARCHS INITS SEEDS IMAGE_SIZE EPOCHS CAPACITY CAPACITY_INITS DINO_EPOCHS
+variables="DATA SOURCE PREPARE_FLAGS DATA_FLAGS RUNS ARCHS INITS SEEDS IMAGE_SIZE EPOCHS CAPACITY CAPACITY_INITS DINO_EPOCHS
   DINO_INIT DINO_PER_SEED SEGMENT CLASSIFY SEGMENT_INITS SEGMENT_EPOCHS FINETUNE_FLAGS DINO_FLAGS KNN_FLAGS
   SEGMENT_FLAGS SALIENCY_FLAGS ATTENTION_FLAGS NPROC NNODES"
 
 # ---- mistakes that can be seen before anything starts
-refuse() { echo "error: $*" >&2; exit 2; }
 holds() { case " $1 " in *" $2 "*) true ;; *) false ;; esac; }  # holds LIST WORD
 for name in ARCHS INITS SEEDS; do
   [ -n "${!name// /}" ] || refuse "$name is empty; leave it out for the default, or name at least one"
@@ -81,12 +77,10 @@ for name in $INITS $CAPACITY_INITS $SEGMENT_INITS; do
   [ "$name" != dino ] || holds "$INITS" dino || refuse "dino has to be in INITS as well: that makes its weights"
 done
 holds "$CAPACITY_INITS" dino && refuse "CAPACITY_INITS: dino is pretrained for ARCHS only; name them there"
-holds "$INITS" dino && [ "$usual_inits" = "random imagenet" ] && refuse "INITS: DINO reads a folder per class or a" \
-  "CSV, and $DATA_DIR has images/ and masks/; leave dino out, or add a CSV and take DATASET=csv SEGMENT=1"
 holds "auto random imagenet imagenet-dino" "$DINO_INIT" ||
   refuse "DINO_INIT=$DINO_INIT: expected auto, random, imagenet or imagenet-dino"
 
-# ---- Python with the packages of requirements.txt: the active one, or .venv; then the names of ARCHS and DATASET
+# ---- Python with the packages of requirements.txt: the active one, or .venv; then the names of ARCHS
 PYTHON=${PYTHON:-python3}
 command -v "$PYTHON" > /dev/null || refuse "PYTHON=$PYTHON: there is no such program; Python 3.10 or newer is needed"
 check='
@@ -94,35 +88,50 @@ import sys
 if sys.version_info < (3, 10):
     sys.exit(f"error: this is Python {sys.version.split()[0]}, and 3.10 or newer is needed; set PYTHON=/path/to/it")
 try:
-    import torch, torchvision, timm, numpy, PIL, tqdm
+    import torch, torchvision, timm, numpy, PIL, tqdm, matplotlib
 except Exception:
     sys.exit(3)
 import common
-dataset, *archs = sys.argv[1:]
-if dataset not in common.INDEX:
-    sys.exit(f"error: DATASET={dataset} is none of " + ", ".join(common.INDEX))
-unknown = [arch for arch in archs if not timm.is_model(common.ARCHS.get(arch, arch).split(".")[0])]
+unknown = [arch for arch in sys.argv[1:] if not timm.is_model(common.ARCHS.get(arch, arch).split(".")[0])]
 if unknown:
     sys.exit(f"error: ARCHS, CAPACITY: {unknown[0]} is none of " + ", ".join(common.ARCHS) + ", nor a model of timm")
 '
-"$PYTHON" -c "$check" "$DATASET" $ARCHS $CAPACITY
+"$PYTHON" -c "$check" $ARCHS $CAPACITY
 code=$?
 if [ $code = 3 ] && [ "$DRY_RUN" = 1 ]; then
   echo "note: would first install requirements.txt into .venv"
 elif [ $code = 3 ]; then
   [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv || exit 2
   PYTHON=$PWD/.venv/bin/python
-  if ! "$PYTHON" -c "import torch, torchvision, timm, numpy, PIL, tqdm" 2>/dev/null; then
+  if ! "$PYTHON" -c "import torch, torchvision, timm, numpy, PIL, tqdm, matplotlib" 2>/dev/null; then
     echo "installing requirements.txt into .venv"
     "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements.txt || exit 2
   fi
-  "$PYTHON" -c "$check" "$DATASET" $ARCHS $CAPACITY || exit 2
+  "$PYTHON" -c "$check" $ARCHS $CAPACITY || exit 2
 elif [ $code != 0 ]; then
   exit 2
 fi
 
-[ "$DATASET" = demo ] || [ -d "$DATA_DIR" ] ||
-  refuse "DATASET=$DATASET needs DATA_DIR, the folder with the images; there is none at '$DATA_DIR'"
+# ---- the prepared folder: what is in it decides which stages run
+if [ ! -f "$DATA/images.npy" ]; then
+  [ $demo = 1 ] && prepare=(prepare.py demo --layout demo --output "$DATA") ||
+    prepare=(prepare.py "$SOURCE" --output "$DATA" $PREPARE_FLAGS)
+  if [ "$DRY_RUN" = 1 ]; then
+    echo "note: would first prepare $DATA: python ${prepare[*]}"
+  else
+    "$PYTHON" "${prepare[@]}" || exit 2
+  fi
+fi
+if [ "$SEGMENT" = auto ]; then
+  SEGMENT=0
+  { [ $demo = 0 ] && [ ! -f "$DATA/masks.npy" ]; } || SEGMENT=1
+fi
+if [ "$CLASSIFY" = auto ]; then
+  CLASSIFY=1
+  others=$(head -n 1 "$DATA/labels.csv" 2>/dev/null | tr -d '\r' | tr , '\n' |
+    grep -cvxE "image|split|fold|group|height|width")
+  [ ! -f "$DATA/labels.csv" ] || [ "$others" -gt 0 ] || CLASSIFY=0
+fi
 
 # ---- ImageNet weights: no stage shall wait for a network that is not there; DINO_INIT=auto is settled once for all
 set -- $SEEDS
@@ -178,7 +187,7 @@ per_model() {  # per_model STAGE ARCH INIT SEED COMMAND...: a step that starts a
   fi
   step "$name" "$RUNS/$name" "$need" "$@" --arch "$arch" --init "$init" --seed "$seed" --output "$RUNS/$name"
 }
-data=(--dataset "$DATASET" ${DATA_DIR:+--data-dir "$DATA_DIR"} $DATA_FLAGS --image-size "$IMAGE_SIZE")
+data=(--data "$DATA" $DATA_FLAGS --image-size "$IMAGE_SIZE")
 tuned="" vits="" end=$'\n'
 for seed in $SEEDS; do
   for arch in $ARCHS; do
@@ -211,12 +220,10 @@ for seed in $SEEDS; do
   done
 done
 if [ "$SEGMENT" = 1 ]; then
-  masks=("${data[@]}")
-  [ "$DATASET" != csv ] || masks[1]=folder  # images/ and masks/ beside the CSV
   for seed in $SEEDS; do
     for init in $SEGMENT_INITS; do
       for arch in $ARCHS; do
-        per_model segment "$arch" "$init" "$seed" segment.py "${masks[@]}" --epochs "$SEGMENT_EPOCHS" $SEGMENT_FLAGS
+        per_model segment "$arch" "$init" "$seed" segment.py "${data[@]}" --epochs "$SEGMENT_EPOCHS" $SEGMENT_FLAGS
       done
     done
   done

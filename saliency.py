@@ -1,7 +1,7 @@
 """Where models look: Grad-CAM for CNNs, CLS attention for ViTs, and whether the maps find the lesion.
 
     python saliency.py --runs runs/RUN_RESNET runs/RUN_DEIT
-    python saliency.py --runs RUN --dataset csv --data-dir DIR --label-column diagnosis --masks DIR/masks
+    python saliency.py --runs RUN --data data/mine
     python saliency.py --runs RUN --files a.png b.png
 
 Matsoukas et al. 2023, figure 4. CNNs: Grad-CAM (Selvaraju et al. 2017) on the last feature map. ViTs: the
@@ -17,11 +17,11 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 import common
-from common import Dataset, Split, fail, say
+from common import Dataset, fail, say
 
 GAUSSIAN = 0.25  # standard deviation of the centred Gaussian, as a share of the side
 STEPS = 20  # of the deletion and insertion curves
@@ -34,7 +34,6 @@ def arguments():
     group = parser.add_argument_group("saliency")
     group.add_argument("--runs", nargs="+", required=True, metavar="RUN", help="of finetune.py, a row each")
     group.add_argument("--files", nargs="+", metavar="IMAGE", help="explain these, not a dataset's")
-    group.add_argument("--masks", metavar="DIR", help="lesion masks, named as the images")
     group.add_argument("--images", type=int, help="test images to draw and save (default 8)")
     group.add_argument("--score-images", type=int, help="to score (default 200; 32 without masks)")
     group.add_argument("--method", default="attention", choices=["attention", "rollout", "gradcam"],
@@ -43,7 +42,7 @@ def arguments():
     group.add_argument("--head", type=int, help="one attention head, from 0 (default, paper: mean of all)")
     group.add_argument("--target", help="class to explain (default: the predicted one)")
     group.add_argument("--batch-size", type=int, default=16, help="images at a time (default 16)")
-    args = common.parse(parser)
+    args = common.parse(parser, "saliency")
     if any(count is not None and count < 1 for count in (args.images, args.score_images)) or not (
             0 < args.mass <= 1):
         fail("expected --images and --score-images of at least 1, and 0 < --mass <= 1")
@@ -184,20 +183,13 @@ def summarise(scores, groups, seed):
     return result
 
 
-def view_mask(item, box, cached, size):
-    """A lesion as a model sees it, bool (H, W) = size, nearest pixel, from one of Split.masks: a demo name, a
-    PNG (0/255 or classes) or (class, PNG)s to unite. box: (top, left, height, width) within `cached` size."""
-    if not isinstance(item, str):
-        return np.any([view_mask(path, box, cached, size) for _, path in item], 0)
-    if item.startswith("demo-mask/"):
-        mask = common.demo_image(int(item[10:]))[1]
-    else:
-        with Image.open(item) as image:
-            mask = np.asarray(image if image.mode in ("L", "P") else image.convert("L"))
-        mask = mask > (127 if mask.max() > 127 else 0)
-    at = [((start + (np.arange(n) + 0.5) * length / n) * want / have).astype(int).clip(max=want - 1)
-          for n, start, length, have, want in zip(size, box[:2], box[2:], cached, mask.shape)]
-    return mask[np.ix_(*at)]
+def view_mask(mask, size, ignore=None):
+    """A lesion as a model sees it: the centre of a mask (S, S) uint8 at size x size, nearest pixel, bool. What is
+    not background, nor `ignore`, is lesion."""
+    corner, length = common.centre_box(len(mask))
+    at = (corner + (np.arange(size) + 0.5) * length / size).astype(int).clip(max=len(mask) - 1)
+    seen = mask[np.ix_(at, at)]
+    return (seen > 0) & (seen != (0 if ignore is None else ignore))
 
 
 def open_model(name, number, args):
@@ -222,74 +214,71 @@ def open_model(name, number, args):
     return model, read, meta
 
 
-def open_images(args, meta):
-    """(dataset, its test images or those of --files), cached at the resize of a model, with their masks."""
-    view = argparse.Namespace(**{**vars(args), "resize": meta["resize"], "image_size": meta["image_size"]})
-    if args.files:
-        for path in args.files:
-            Path(path).is_file() or fail(f"--files {path}: there is no such file")
-        dataset = Dataset("files", meta["task"], meta["classes"], {"test": Split(args.files)})
-        common.attach_store(dataset, view)
-    else:
-        dataset = common.load_dataset(view, check=False)
-    split = dataset.splits["test"]
-    if args.masks:
-        files = {Path(path).stem: path for path in common.images_under(args.masks)}
-        missing = [path for path in split.paths if Path(path).stem not in files]
-        if missing:
-            fail(f"--masks {args.masks}: no mask for {len(missing)} images: {common.some(missing, 3)}")
-        split.masks = [files[Path(path).stem] for path in split.paths]
-    if args.images and args.images > len(split):
-        fail(f"--images {args.images}: there are only {len(split)} test images")
-    return dataset, split
+def read_files(files, meta):
+    """The Dataset of --files, decoded and fitted as the data of a model, in memory: a test split alone."""
+    squares, sizes = [], []
+    for path in files:
+        if not Path(path).is_file():
+            fail(f"--files {path}: there is no such file")
+        try:
+            pixels, size, _ = common.read_image(path)
+        except Exception as error:  # Pillow's plugins raise nearly anything on a damaged file
+            fail(f"--files {path} cannot be decoded ({type(error).__name__}: {error})")
+        square = common.to_square(pixels, meta["side"], meta["fit"])
+        squares.append(np.broadcast_to(square, (meta["side"], meta["side"], 3)))
+        sizes.append(size)
+    rows = {"train": np.arange(0), "val": np.arange(0), "test": np.arange(len(files))}
+    return Dataset(Path("files"), "files", np.stack(squares), None, files, np.array(sizes), rows, meta["task"],
+                   meta["classes"], None, None, [], "accuracy", False, meta["mean"], meta["std"], meta["fit"], None, {},
+                   " ".join(files))
 
 
-def look(model, read, meta, dataset, split, drawn, args, run):
-    """Explain and score a split with one model: scores {kind: [{name: number} an image]}; pictures {row: (map
-    (S, S), box of the view, target)} for the rows in `drawn`; probabilities (N, C); number of blank maps."""
+def look(model, read, meta, dataset, rows, drawn, args, run):
+    """Explain and score rows of a dataset with one model: scores {kind: [{name: number} an image]}; pictures {row: (map
+    (S, S) of the view, target)} for the rows in `drawn`; probabilities (N, C); number of blank maps."""
     generator = torch.Generator().manual_seed(args.seed)
     size, smooth = meta["image_size"], meta["method"] == "gradcam"
     line = torch.exp(-(torch.linspace(-0.5, 0.5, size) / GAUSSIAN) ** 2 / 2)
     scores, pictures, every, blank = {kind: [] for kind in KINDS}, {}, [], 0
-    batches = np.split(np.arange(len(split)), range(args.batch_size, len(split), args.batch_size))
-    loader = common.load_batches(dataset.store, [split.rows[batch] for batch in batches], run.device)
-    for batch, (pixels, sizes) in tqdm(zip(batches, loader), meta["name"], len(batches), leave=False):
-        rows = split.rows[batch]
-        boxes = common.centre_boxes(sizes, max(size, meta["resize"] * 7 // 8)).tolist()  # as in eval_view
-        images = common.eval_view(pixels, sizes, argparse.Namespace(**meta), meta["mean"], meta["std"])
+    batches = common.shards(rows, run, args.batch_size)
+    loader = common.load_batches(dataset.images, batches, run.device)
+    for batch, pixels in tqdm(zip(batches, loader), meta["name"], len(batches), leave=False):
+        images = common.eval_view(pixels, size, meta["mean"], meta["std"])
         maps, chances, targets = explain(model, read, images, meta, args)
         every, blank = every + [chances], blank + int((maps.amax((1, 2)) <= 0).sum())
         coarse = {"map": maps.cpu(), "random": torch.rand(maps.shape, generator=generator)}
         full = {kind: enlarge(values, (size, size), smooth) for kind, values in coarse.items()}
         full["gaussian"] = coarse["gaussian"] = torch.outer(line, line).expand(len(batch), -1, -1)
         kept = {kind: enlarge(keep_mass(x, meta["mass"]), (size, size), smooth) for kind, x in coarse.items()}
-        pictures |= {row: (kept["map"][i], boxes[i], int(targets[i]))
-                     for i, row in enumerate(rows) if row in drawn}
-        masks = [view_mask(split.masks[n], boxes[i], dataset.store.shapes[rows[i]], (size, size))
-                 for i, n in enumerate(batch)] if split.masks else None
+        pictures |= {row: (kept["map"][i], int(targets[i])) for i, row in enumerate(batch) if row in drawn}
         for kind in KINDS:
-            if masks:
-                scores[kind] += map(localisation, full[kind].numpy(), kept[kind].numpy(), masks)
-            else:
+            if dataset.masks is None:
                 scores[kind] += curves(model, images, full[kind].to(run.device), targets, meta["task"], run)
+                continue
+            for i, row in enumerate(batch):
+                mask = view_mask(dataset.masks[row], size, dataset.ignore)
+                scores[kind].append(localisation(full[kind][i].numpy(), kept[kind][i].numpy(), mask))
     if min(maps.shape[1:]) < 4 and not hasattr(model, "patch_embed"):  # strides pad above and left alone
         say(f"note: Grad-CAM of {meta['name']} has only {maps.shape[1]} x {maps.shape[2]} places at {size} "
             "pixels, and padding alone makes one corner stand out; train at 224 pixels for 7 x 7")
     return scores, pictures, np.concatenate(every), blank
 
 
-def place_map(view_map, box, cached, size):
-    """A map (S, S) of the model's view put into the whole image, of size (height, width): float32, 0 where
-    the model did not look; and the view's slices."""
-    (top, left, height, width), (y, x) = box, np.array(size) / cached[:2]
-    view = slice(round(top * y), round((top + height) * y)), slice(round(left * x), round((left + width) * x))
-    whole = np.zeros(size, np.float32)
-    whole[view] = enlarge(view_map[None], whole[view].shape, True)[0]
-    return whole, view
+def place_map(view_map, side, height, width, fit):
+    """A map (S, S) of the model's view put into the whole image, (height, width) float32, 0 where the model did not
+    look; and where it looked, (height, width) bool. side, fit: of the prepared square whose centre is the view."""
+    corner, length = common.centre_box(side)
+    square = torch.zeros(side, side)
+    seen = torch.zeros(side, side)
+    view = slice(corner, corner + length)
+    square[view, view] = enlarge(view_map[None], (length, length), True)[0]
+    seen[view, view] = 1
+    whole = common.from_square(square.numpy(), height, width, fit)
+    return whole, common.from_square(seen.numpy(), height, width, fit, Image.Resampling.NEAREST) > 0
 
 
 def overlay(pixels, heat, view):
-    """Paint a map (H, W) over an image (H, W, 1 or 3) uint8, red to yellow; dim what lies outside `view`."""
+    """Paint a map (H, W) over an image (H, W, 3) uint8, red to yellow; dim what lies outside `view` (H, W) bool."""
     heat = heat[..., None] / max(heat.max(), 1e-12)
     colour = np.concatenate([255 + 0 * heat, 255 * np.clip(2 * heat - 0.8, 0, 1), 30 * heat], 2)
     light, alpha = np.full_like(heat, 0.45), 0.75 * heat
@@ -297,40 +286,40 @@ def overlay(pixels, heat, view):
     return (pixels * light * (1 - alpha) + colour * alpha).astype(np.uint8)
 
 
-def draw_originals(split, classes):
+def draw_originals(dataset, rows):
     """First row of the grid: the images with the lesion's border; their classes (or files) as captions."""
-    images, captions = [], [Path(path).name[-26:] for path in split.paths]
-    for n, path in enumerate(split.paths):
-        images.append(common.resize_short_side(common.open_image(path), 320))
-        if split.masks:
-            mask = view_mask(split.masks[n], (0, 0, 1, 1), (1, 1), images[n].shape[:2])
-            near = np.pad(mask, ((3, 0), (3, 0)), "edge")
-            edge = (mask != near[:-3, 3:]) | (mask != near[3:, :-3])
-            images[n] = np.where(edge[..., None], (0, 255, 255), images[n]).astype(np.uint8)
-        if split.labels is not None:
-            label = [split.labels[n]] if split.labels.ndim == 1 else np.flatnonzero(split.labels[n] > 0.5)
-            captions[n] = ", ".join(classes[c] for c in label)[:26]
+    images, captions = [], []
+    for row in rows:
+        picture = common.in_proportion(dataset.images[row], dataset.sizes[row], dataset.fit, 320)
+        if dataset.masks is not None:
+            lesion = (dataset.masks[row] > 0) & (dataset.masks[row] != (0 if dataset.ignore is None else dataset.ignore))
+            mask = common.from_square(lesion.astype(np.uint8), *picture.shape[:2], dataset.fit, Image.Resampling.NEAREST)
+            inner = np.asarray(Image.fromarray(mask).filter(ImageFilter.MinFilter(5)))
+            picture = np.where((mask > inner)[..., None], (0, 255, 255), picture).astype(np.uint8)
+        images.append(picture)
+        if dataset.labels is None:
+            captions.append(Path(dataset.paths[row]).name[-26:])
+        else:
+            label = dataset.labels[row]
+            label = [label] if dataset.task == "classes" else np.flatnonzero(label > 0.5)
+            captions.append(", ".join(dataset.classes[c] for c in label)[:26])
     return images, captions, "image"
 
 
-def draw_run(folder, meta, dataset, split, drawn, pictures, chances, right):
-    """A run's row: overlays and captions of the images `drawn` of the split. Writes maps-RUN.npz: map_0,
+def draw_run(folder, meta, dataset, rows, drawn, pictures, chances, right):
+    """A run's row: overlays and captions of the images `drawn` of the rows. Writes maps-RUN.npz: map_0,
     map_1, ... float32 at the resolution of the files; paths, probabilities and the classes explained."""
-    positions, images, captions, arrays = np.flatnonzero(np.isin(split.rows, drawn.rows)), [], [], {}
-    for number, (n, row, path) in enumerate(zip(positions, drawn.rows, drawn.paths)):
-        (view_map, box, _), cached = pictures[row], dataset.store.shapes[row]
-        pixels = common.open_image(path)
-        size = pixels.shape[:2]
-        if Path(path).is_file():  # open_image may decode a large JPEG smaller than it is
-            size = ImageOps.exif_transpose(Image.open(path)).size[::-1]
-        pixels = common.resize_short_side(pixels, 320)
-        arrays[f"map_{number}"] = place_map(view_map, box, cached, size)[0]
-        images.append(overlay(pixels, *place_map(view_map, box, cached, pixels.shape[:2])))
+    positions, images, captions, arrays = np.flatnonzero(np.isin(rows, drawn)), [], [], {}
+    for number, (n, row) in enumerate(zip(positions, drawn)):
+        view_map, _ = pictures[row]
+        pixels = common.in_proportion(dataset.images[row], dataset.sizes[row], dataset.fit, 320)
+        arrays[f"map_{number}"], _ = place_map(view_map, dataset.side, *map(int, dataset.sizes[row]), dataset.fit)
+        images.append(overlay(pixels, *place_map(view_map, dataset.side, *pixels.shape[:2], dataset.fit)))
         text = f"{meta['classes'][chances[n].argmax()][:16]} {chances[n].max():.0%}"
         captions.append(text if right is None else (f"{text} right", "#00702e") if right[n] else
                         (f"{text} WRONG", "#c00000"))
-    arrays |= {"paths": np.array(drawn.paths), "probabilities": chances[positions],
-               "explained": np.array([meta["classes"][pictures[row][2]] for row in drawn.rows])}
+    arrays |= {"paths": np.array([dataset.paths[row] for row in drawn]), "probabilities": chances[positions],
+               "explained": np.array([meta["classes"][pictures[row][1]] for row in drawn])}
 
     def save(part):
         with open(part, "wb") as out:
@@ -339,7 +328,7 @@ def draw_run(folder, meta, dataset, split, drawn, pictures, chances, right):
     return images, captions, f"{meta['arch']}\n{meta['init']}\n{meta['method']}"
 
 
-def finish(folder, dataset, split, runs, args, run, seconds):
+def finish(folder, dataset, count, runs, args, run, seconds):
     """Print the scores and write metrics.json, last."""
     names, rows = list(runs[0]["map"]), []
     for one in runs:
@@ -353,13 +342,13 @@ def finish(folder, dataset, split, runs, args, run, seconds):
         "init": ", ".join(one["init"] for one in runs), "pretrained_on": [r["pretrained_on"] for r in runs],
         "seed": args.seed, "metric": names[0], "runs": runs, "val": {},
         "test": {one["name"]: one["map"][names[0]] for one in runs},
-        "counts": {**dataset.counts, "scored": len(split)}, "epochs": 0, "seconds": seconds,
-        "images_per_second": len(split) * len(runs) / seconds, "device": common.device_name(run.device),
+        "counts": {**dataset.counts, "scored": count}, "epochs": 0, "seconds": seconds,
+        "images_per_second": count * len(runs) / seconds, "device": common.device_name(run.device),
         "amp": run.amp, "world_size": 1,
         "summary": "; ".join(f"{one['name']} {names[0]} {common.show(one['map'][names[0]]['mean'])}, " + (
             "beats" if one["gain_over_gaussian"][names[0]]["beats"] else "does not beat")
             + " a centred Gaussian" for one in runs)})
-    say(f"{len(split)} images scored\nwritten: {folder}")
+    say(f"{count} images scored\nwritten: {folder}")
 
 
 def main():
@@ -369,34 +358,38 @@ def main():
     if run.world > 1:
         fail("saliency.py works in one process; start it with python, not torchrun")
     timm.layers.set_fused_attn(False)  # before any model is built: fused attention never forms the map
-    args.dataset = "files" if args.files else args.dataset
-    args.output = args.output or "-".join(["runs/saliency", args.dataset, *(Path(r).name for r in args.runs)])
-    folder = common.open_run(args, run, "saliency")
-    models, sources = [open_model(name, number, args) for number, name in enumerate(args.runs)], {}
-    for _, _, meta in models:
-        sources[meta["resize"]] = sources.get(meta["resize"]) or open_images(args, meta)
-    common.write_args(folder, args, run, ["saliency.png", *(path.name for path in folder.glob("maps-*.npz"))])
-    grid, runs = [], []
+    models = [open_model(name, number, args) for number, name in enumerate(args.runs)]
+    first = models[0][2]
+    if args.files and any((meta["side"], meta["fit"]) != (first["side"], first["fit"]) for _, _, meta in models):
+        say(f"note: all runs see --files as the data of {first['name']} were prepared: side {first['side']}, {first['fit']}")
+    dataset = read_files(args.files, first) if args.files else common.load_dataset(args, ("test",))
+    args.output = args.output or "-".join(["runs/saliency", dataset.name, *(Path(r).name for r in args.runs)])
+    folder = common.open_run(args, run, dataset)
+    tests = dataset.rows["test"]
+    if args.images and args.images > len(tests):
+        fail(f"--images {args.images}: there are only {len(tests)} test images")
+    drawn = common.limit_images(dataset, "test", args.images or 8)
+    count = max(args.score_images or (32 if dataset.masks is None else 200), len(drawn))
+    rows = common.limit_images(dataset, "test", count)  # has all of drawn
+    common.write_args(folder, args, run, dataset,
+                      ["saliency.png", *(path.name for path in folder.glob("maps-*.npz"))])
+    grid, runs = [draw_originals(dataset, drawn)], []
     for model, read, meta in models:
-        dataset, whole = sources[meta["resize"]]
-        drawn = common.limit_images(whole, args.images or 8, args.split_seed)
-        count = max(args.score_images or (200 if whole.masks else 32), len(drawn))
-        split = common.limit_images(whole, count, args.split_seed)  # has all of drawn
-        grid = grid or [draw_originals(drawn, dataset.classes)]
         common.to_device(model, run)
-        scores, pictures, chances, blank = look(model, read, meta, dataset, split, {*drawn.rows}, args, run)
+        scores, pictures, chances, blank = look(model, read, meta, dataset, rows, {*drawn}, args, run)
         right = None  # is the top class the image's, or one of its labels?
-        if split.labels is not None and dataset.classes == meta["classes"]:
-            truth = split.labels if split.labels.ndim > 1 else np.eye(len(meta["classes"]))[split.labels]
+        if dataset.labels is not None and dataset.classes == meta["classes"]:
+            labels = dataset.labels[rows]
+            truth = labels if labels.ndim > 1 else np.eye(len(meta["classes"]))[labels]
             right = truth[np.arange(len(truth)), chances.argmax(1)] > 0.5
-        grid.append(draw_run(folder, meta, dataset, split, drawn, pictures, chances, right))
+        grid.append(draw_run(folder, meta, dataset, rows, drawn, pictures, chances, right))
         said = ("run", "name", "arch", "init", "pretrained_on", "method", "image_size")
-        runs.append({**{key: meta.get(key) for key in said}, "images": len(split), "blank_maps": blank,
+        runs.append({**{key: meta.get(key) for key in said}, "images": len(rows), "blank_maps": blank,
                      "right": None if right is None else float(right.mean()),
-                     **summarise(scores, split.groups, args.seed)})
+                     **summarise(scores, dataset.groups_of(rows), args.seed)})
     title = f"{dataset.name}: where the models look" + (f" for {args.target}" if args.target else "")
     common.draw_grid(folder / "saliency.png", *zip(*grid), 190, title)
-    finish(folder, dataset, split, runs, args, run, time.time() - begin)
+    finish(folder, dataset, len(rows), runs, args, run, time.time() - begin)
 
 
 if __name__ == "__main__":

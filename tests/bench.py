@@ -13,6 +13,7 @@ are scikit-learn, and, where importable, grad-cam and lightly (which this projec
 peak" is that of a large matrix product measured here; products in a CPU's fused attention are not counted.
 """
 import argparse
+import csv
 import importlib.util
 import json
 import math
@@ -43,6 +44,7 @@ import attn_distance  # noqa: E402
 import common  # noqa: E402
 import finetune  # noqa: E402
 import knn_eval  # noqa: E402
+import prepare  # noqa: E402
 import pretrain_dino  # noqa: E402
 import saliency  # noqa: E402
 import segment  # noqa: E402
@@ -55,36 +57,45 @@ NORMALIZE = [T.ToImage(), T.ToDtype(torch.float32, scale=True), T.Normalize(MEAN
 # ---------------------------------------------------------------- files, and what the sides share -----------
 
 def photographs(folder, count, size=(300, 400)):
-    """`count` JPEG files of smooth noise, as a photograph compresses, with masks of a disc as PNG."""
+    """`count` JPEG files of smooth noise, as a photograph compresses, in folder/images, with masks of a disc as PNG in
+    folder/masks; prepared into folder/prepared, all of them for training."""
     rng, (y, x) = np.random.default_rng(0), np.mgrid[:size[0], :size[1]]
+    for part in ("images", "masks"):
+        (Path(folder) / part).mkdir()
     for i in range(count):
         small = rng.integers(0, 256, (size[0] // 8, size[1] // 8, 3), dtype=np.uint8)
         picture = Image.fromarray(small).resize(size[::-1], Image.Resampling.BICUBIC)
-        picture.save(Path(folder) / f"{i}.jpg", quality=90)
+        picture.save(Path(folder) / "images" / f"{i}.jpg", quality=90)
         disc = np.hypot(y - rng.integers(size[0]), x - rng.integers(size[1])) < rng.integers(20, 120)
-        Image.fromarray(disc.astype(np.uint8) * 255).save(Path(folder) / f"{i}.mask.png")
+        Image.fromarray(disc.astype(np.uint8) * 255).save(Path(folder) / "masks" / f"{i}.png")
+    rows = "".join(f"{i}.jpg,{'abcd'[i % 4]},train\n" for i in range(count))
+    (Path(folder) / "labels.csv").write_text("image,label,split\n" + rows)
+    prepare_into(folder, "prepared", WORKERS)
+
+
+def prepare_into(folder, name, workers, *flags):
+    """prepare.py, as its command line would run it, on the table in a folder."""
+    sys.argv = ["bench", str(folder), "--output", f"{folder}/{name}", "--workers", str(workers), "--overwrite", "--split",
+                "1", "0", "0", "--split-column", "split", *flags]
+    with redirect_stdout(open(os.devnull, "w")), redirect_stderr(open(os.devnull, "w")):
+        prepare.main()
 
 
 def files(case):
     """The case's images: `count` paths, the files of its folder over and over."""
-    found = sorted(map(str, Path(case.folder).glob("*.jpg")))
+    found = sorted(map(str, Path(case.folder, "images").glob("*.jpg")))
     return [found[i % len(found)] for i in range(case.count)]
 
 
 def start(stage, case, *flags):
     """(arguments of a stage, run, dataset of the case's files), as its command line would give them."""
     sys.argv = ["bench", "--arch", case.arch, "--device", case.device, "--image-size", str(case.side),
-                "--cache-dir", case.folder, *map(str, flags)]
+                "--data", f"{case.folder}/prepared", *map(str, flags)]
     args = stage.arguments()
     run = common.start(args)
-    paths = files(case)[:len(list(Path(case.folder).glob("*.jpg")))]
-    masks = [path.replace(".jpg", ".mask.png") for path in paths]
-    split = common.Split(paths, np.arange(len(paths)) % 4, masks=masks)
-    dataset = common.Dataset("bench", "classes", list("abcd"), {"train": split}, mean=MEAN, std=STD)
-    if stage is segment:
-        dataset.task, dataset.classes = "masks", ["background", "lesion"]
-    common.attach_store(dataset, args, segment.open_mask if stage is segment else None)
-    dataset.splits["train"] = dataset.splits["train"].take(np.arange(case.count) % len(paths))
+    dataset = common.open_dataset(args.data)
+    dataset.mean, dataset.std, dataset.metric = MEAN, STD, "iou" if stage is segment else "accuracy"
+    dataset.rows["train"] = np.arange(case.count) % len(dataset.paths)
     return args, run, dataset
 
 
@@ -100,7 +111,7 @@ class Files(torch.utils.data.Dataset):
     def __getitem__(self, i):
         image = Image.open(self.paths[i]).convert("RGB")
         if self.masks:
-            mask = Image.open(self.paths[i].replace(".jpg", ".mask.png"))
+            mask = Image.open(self.paths[i].replace("images", "masks").replace(".jpg", ".png"))
             return self.transform(image, torchvision.tv_tensors.Mask(np.array(mask) // 255))
         return self.transform(image), i % 4
 
@@ -160,7 +171,7 @@ def features_ours(case):
     model = common.to_device(common.build_model(args, 0)[0], run).eval()
 
     def one_pass(number):
-        return len(common.extract(model, dataset, dataset.splits["train"], args, run, "auto", case.batch))
+        return len(common.extract(model, dataset, dataset.rows["train"], args, run, "auto", case.batch))
 
     def compile_features():  # as knn_eval.py does: features() does not call the model as a whole
         model.forward_features = torch.compile(model.forward_features)
@@ -350,7 +361,7 @@ def attention_ours(case):
     read = common.attention_reader(model)
 
     def one_pass(number):
-        attn_distance.measure(model, read, dataset, dataset.splits["train"], args, args, run)
+        attn_distance.measure(model, read, dataset, dataset.rows["train"], args, args, run)
         return case.count
     return one_pass, []
 
@@ -384,12 +395,12 @@ def attention_plain(case):
 def saliency_ours(case):
     """Grad-CAM maps of the predicted class."""
     args, run, dataset = start(knn_eval, case)
-    model, rows = common.to_device(common.build_model(args, 4)[0].eval(), run), dataset.splits["train"].rows
-    batches = [rows[i:i + case.batch] for i in range(0, len(rows), case.batch)]
+    model = common.to_device(common.build_model(args, 4)[0].eval(), run)
+    batches = common.shards(dataset.rows["train"], run, case.batch)
 
     def one_pass(number):
-        for images, sizes in common.load_batches(dataset.store, batches, run.device):
-            view = common.eval_view(images, sizes, args, MEAN, STD)
+        for images in common.load_batches(dataset.images, batches, run.device):
+            view = common.eval_view(images, args.image_size, MEAN, STD)
             saliency.grad_cam(model, view, None, "classes")[0].cpu()
         return case.count
     return one_pass, []
@@ -466,20 +477,56 @@ def large_pngs(folder, count):
         for path in paths:
             small = Image.fromarray(rng.integers(0, 256, (125, 188, 3), dtype=np.uint8))
             small.resize((3000, 2000), Image.Resampling.BICUBIC).save(path, compress_level=1)
+        rows = "".join(f"{path.name},{'abcd'[i % 4]},train\n" for i, path in enumerate(paths))
+        (paths[0].parent / "labels.csv").write_text("image,label,split\n" + rows)
     return list(map(str, paths))
 
 
 def loader_ours(case):
-    """Read the cached large images, as from the second epoch on."""
-    split = common.Split(large_pngs(case.folder, case.count), np.arange(case.count) % 4)
-    dataset = common.Dataset("large", "classes", list("abcd"), {"train": split}, mean=MEAN, std=STD)
-    common.attach_store(dataset, SimpleNamespace(cache_dir=case.folder, resize=256, workers=WORKERS,
-                                                 skip_broken=False))
+    """Read the large images from the prepared array, as every epoch does."""
+    large_pngs(case.folder, case.count)
+    prepare_into(Path(case.folder) / "large", "prepared", WORKERS)
+    dataset = common.open_dataset(Path(case.folder) / "large" / "prepared")
 
     def one_pass(number):
         order = [batch for epoch in range(50) for batch in common.epoch_order(case.count, 8, 0, epoch)]
-        return sum(len(images) for images, _ in common.load_batches(dataset.store, order,
-                                                                    torch.device(case.device)))
+        return sum(len(images) for images in common.load_batches(dataset.images, order, torch.device(case.device)))
+    return one_pass, []
+
+
+def repeated(case):
+    """A folder of case.count photographs and masks, which are links to the case's few."""
+    root = Path(case.folder) / "repeated"
+    if not root.exists():
+        for part, suffix in (("images", "jpg"), ("masks", "png")):
+            (root / part).mkdir(parents=True)
+            for i in range(case.count):
+                os.link(Path(case.folder) / part / f"{i % 64}.{suffix}", root / part / f"{i}.{suffix}")
+        (root / "labels.csv").write_text("image,split\n" + "".join(f"{i}.jpg,train\n" for i in range(case.count)))
+    return root
+
+
+def prepare_ours(case):
+    """Prepare photographs with their masks, checks and contact sheet, by `workers` processes."""
+    root = repeated(case)
+
+    def one_pass(number):
+        prepare_into(root, f"prepared{case.workers}", case.workers)
+        return case.count
+    return one_pass, []
+
+
+def prepare_plain(case):
+    """The same images and masks decoded and resized in a DataLoader of as many workers, kept as one array each."""
+    paths = sorted(map(str, (repeated(case) / "images").iterdir()))
+
+    def one_pass(number):
+        steps = T.Compose([T.Resize((256, 256)), T.ToImage()])
+        batches = torch.utils.data.DataLoader(Files(paths, steps, True), 8, num_workers=case.workers)
+        images, masks = zip(*batches)
+        np.save(Path(case.folder) / "images.npy", torch.cat(images).numpy())
+        np.save(Path(case.folder) / "masks.npy", torch.stack([mask for part in masks for mask in part]).numpy())
+        return case.count
     return one_pass, []
 
 
@@ -493,57 +540,47 @@ def loader_plain(case):
     return one_pass, []
 
 
-def many_files(case):
-    """A table of case.count images in four folders under folder/many, which are links to a few files."""
+def many_rows(case):
+    """A prepared folder of case.count grey images of 256x256 with 14 labels, as CheXpert has; images.npy is sparse."""
     root = Path(case.folder) / "many"
     if not root.exists():
-        for name in "abcd":
-            (root / "images" / name).mkdir(parents=True)
-        names = [f"{'abcd'[i % 4]}/{i:06d}.jpg" for i in range(case.count)]
-        for i, name in enumerate(names):  # a file can have some 65,000 links
-            source = root / f"{i // 50000}.jpg"
-            if not source.exists():
-                Image.effect_noise((8, 8), 50).save(source)
-            os.link(source, root / "images" / name)
-        rows = "".join(f"{name},{name[0]}\n" for name in names)
-        (root / "labels.csv").write_text("image,label\n" + rows)
+        root.mkdir()
+        with open(root / "images.npy", "wb") as out:
+            head = prepare.npy_header(case.count, 256, 256, 1)
+            out.write(head)
+            out.truncate(len(head) + case.count * 256 * 256)
+        rng, names = np.random.default_rng(0), [f"label {i}" for i in range(14)]
+        with open(root / "labels.csv", "w") as out:
+            out.write(f"image,split,group,height,width,{','.join(names)}\n")
+            for i, flags in enumerate((rng.random((case.count, 14)) < 0.2).astype(int).tolist()):
+                split = ("train", "val", "test")[max(0, i % 10 - 7)]
+                out.write(f"patient{i // 3:05d}/view{i % 3}.jpg,{split},patient{i // 3:05d},320,390,"
+                          f"{','.join(map(str, flags))}\n")
+        (root / "dataset.json").write_text(json.dumps({"classes": names, "mean": MEAN, "std": STD}))
     return root
 
 
 def first_batch_ours(case):
-    """Read the table, open the cache, check for leakage, and give the first batch."""
-    root = many_files(case)
-    sys.argv = ["bench", "--dataset", "csv", "--data-dir", str(root), "--cache-dir", str(root / "cache"),
-                "--resize", "8", "--image-size", "8", "--device", case.device]
-    args = finetune.arguments()
-    device = common.start(args).device
-
-    def fake_cache(folder, paths, side, *_):  # in place of decoding them all
-        folder.mkdir(parents=True)
-        count, rng = len(paths), np.random.default_rng(0)
-        rng.integers(0, 256, count * side * side, dtype=np.uint8).tofile(folder / "pixels.bin")
-        np.savez(folder / "index.npz", offsets=np.arange(count) * side * side, broken="{}",
-                 hashes=np.arange(count, dtype=np.uint64), sizes=np.full((count, 2), side, np.int32),
-                 shapes=np.tile(np.int32([side, side, 1]), (count, 1)))
+    """Open the prepared folder, labels.csv read and all, and give the first batch."""
+    root = many_rows(case)
 
     def one_pass(number):
-        dataset = common.load_dataset(args)
-        rows = dataset.splits["train"].rows[common.epoch_order(len(dataset.splits["train"]), 64, 0, 0)]
-        next(common.load_batches(dataset.store, rows, device))
+        dataset = common.open_dataset(root)
+        rows = dataset.rows["train"][common.epoch_order(len(dataset.rows["train"]), 64, 0, 0)]
+        next(common.load_batches(dataset.images, rows, torch.device(case.device)))
         return case.count
-    common.build_store = fake_cache
     return one_pass, []
 
 
 def first_batch_plain(case):
-    """ImageFolder and a DataLoader."""
-    root = many_files(case)
+    """The table by csv.DictReader, each image its file: what a Dataset class of one's own does before it reads one."""
+    root = many_rows(case)
 
     def one_pass(number):
-        dataset = torchvision.datasets.ImageFolder(root / "images", T.Compose([T.Resize(8), *NORMALIZE]))
-        batches = torch.utils.data.DataLoader(dataset, 64, shuffle=True, num_workers=WORKERS)
-        next(iter(batches))[0].to(case.device)
-        return case.count
+        with open(root / "labels.csv") as lines:
+            rows = [row for row in csv.DictReader(lines) if row["split"] == "train"]
+        labels = torch.tensor([[float(row[f"label {i}"]) for i in range(14)] for row in rows])
+        return len(labels) and case.count
     return one_pass, []
 
 
@@ -580,6 +617,9 @@ def all_cases(cuda, quick):
     for arch in ("resnet50", "deit_small"):
         yield case("segment", f"DeepLabv3-{arch} training", (8, 8), (512, 32), arch=arch)
     yield case("loader", "loader, 3000x2000 PNG, from epoch 2", (16, 8), quick_too=True)
+    for workers in (1, 2):
+        yield case("prepare", f"prepare, 300x400 JPEG and masks, {workers} process{'es' * (workers > 1)}",
+                   (2048, 8), quick_too=True, workers=workers)
     count = 20000 if quick else 224316
     yield case("first_batch", f"first batch of {count} images", (count, 64), quick_too=True, unit="s")
 

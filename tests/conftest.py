@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-TINY = ["--image-size", "32", "--device", "cpu", "--amp", "off", "--workers", "2"]
+TINY = ["--image-size", "32", "--device", "cpu", "--amp", "off"]
 
 
 # Importing torch takes longer than most of these runs. So one process imports the packages (not the project),
@@ -93,7 +94,7 @@ def killed(script, *args, cwd, log, lines, text):
 def refused(done, *words):
     """The contract of an error: exit code 2, one line on stderr, it starts with error:, has all `words`."""
     lines = [line for line in done.stderr.replace("\r", "\n").splitlines()
-             if line.strip() and "caching: " not in line and not line.startswith("Downloading: ")]
+             if line.strip() and not re.search("(preparing|predicting): ", line) and not line.startswith("Downloading: ")]
     assert done.returncode == 2, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
     for word in words:
@@ -118,23 +119,51 @@ def picture(rng, label, size=(40, 48)):
     return (128 + 60 * wave + rng.normal(0, 15, size)).clip(0, 255).astype(np.uint8)
 
 
+def write_prepared(folder, images, rows, masks=None, **meta):
+    """A prepared folder from arrays: images (N, S, S, C) uint8, rows of labels.csv as dicts, masks (N, S, S) uint8; meta
+    goes into dataset.json, which is left out without any."""
+    folder.mkdir(parents=True)
+    np.save(folder / "images.npy", images)
+    if masks is not None:
+        np.save(folder / "masks.npy", masks)
+    with open(folder / "labels.csv", "w", newline="") as out:
+        writer = csv.DictWriter(out, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    if meta:
+        (folder / "dataset.json").write_text(json.dumps(meta))
+    return folder
+
+
+def prepare(source, output, *args, cwd, **how):
+    """Run prepare.py; returns the finished process."""
+    return stage("prepare.py", source, "--output", output, "--workers", "0", *args, cwd=cwd, **how)
+
+
 @pytest.fixture
-def folder_data(tmp_path):
-    """train/ (24) and test/ (13, an odd number) with two classes of striped images."""
+def folder_source(tmp_path):
+    """source/train/ (24) and source/test/ (13, an odd number) with two classes of striped images."""
     rng = np.random.default_rng(0)
     for split, counts in (("train", (12, 12)), ("test", (6, 7))):
         for label, count in enumerate(counts):
-            folder = tmp_path / "data" / split / ("upright", "level")[label]
+            folder = tmp_path / "source" / split / ("upright", "level")[label]
             folder.mkdir(parents=True)
             for i in range(count):
                 Image.fromarray(picture(rng, label)).save(folder / f"{i}.png")
+    return tmp_path / "source"
+
+
+@pytest.fixture
+def folder_data(folder_source, tmp_path):
+    """folder_source prepared into data/, with 4 images carved for val."""
+    prepare("source", "data", "--leakage", "error", cwd=tmp_path)
     return tmp_path / "data"
 
 
 @pytest.fixture
-def csv_data(tmp_path):
-    """labels.csv with image, label, split, patient, and 0/1 columns a, b; 60 images under images/."""
-    rng, folder = np.random.default_rng(1), tmp_path / "data"
+def csv_source(tmp_path):
+    """source/labels.csv with image, label, split, patient, and 0/1 columns a, b; 60 images under source/images/."""
+    rng, folder = np.random.default_rng(1), tmp_path / "source"
     (folder / "images").mkdir(parents=True)
     rows = []
     for i in range(60):
@@ -144,4 +173,19 @@ def csv_data(tmp_path):
                      f"p{i // 6}", int(label == 0), int(label == 1)])
     with open(folder / "labels.csv", "w", newline="") as out:
         csv.writer(out).writerows([["image", "label", "split", "patient", "a", "b"], *rows])
+    return folder
+
+
+@pytest.fixture
+def csv_data(csv_source, tmp_path):
+    """csv_source prepared into data/ by its split column, with the labels a and b."""
+    prepare("source", "data", "--label-column", "a,b", "--split-column", "split", cwd=tmp_path)
+    return tmp_path / "data"
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """The built-in demo, prepared once."""
+    folder = tmp_path_factory.mktemp("demo") / "demo"
+    stage("prepare.py", "demo", "--layout", "demo", "--output", folder, cwd=folder.parent)
     return folder

@@ -2,13 +2,13 @@
 # Set up what is missing and run the tests; arguments go to pytest. MEDVIT_DATA=DIR adds the tests on real images.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-needed="import torch, torchvision, timm, numpy, PIL, tqdm, pytest, sklearn, h5py"
+needed="import torch, torchvision, timm, numpy, PIL, tqdm, matplotlib, pytest, sklearn, h5py, pydicom"
 PYTHON=${PYTHON:-python3}
 if ! "$PYTHON" -c "$needed" 2>/dev/null; then
   [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
   PYTHON=.venv/bin/python
   "$PYTHON" -c "$needed" 2>/dev/null ||
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements.txt pytest scikit-learn h5py
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements.txt pytest scikit-learn h5py pydicom
 fi
 [ $# = 0 ] || exec "$PYTHON" -m pytest -q tests "$@"
 

@@ -10,7 +10,7 @@ import attn_distance
 import common
 from conftest import TINY, metrics, refused, stage, table
 
-FOLDER = ["--dataset", "folder", "--data-dir", "data"]
+DATA = ["--data", "data"]
 VIT = ["--arch", "test_vit", *TINY[:1], "64", *TINY[2:]]
 
 
@@ -110,25 +110,23 @@ def test_attention_equals_the_softmax_by_hand(unfused, arch, prefix):
 @pytest.fixture
 def trained(folder_data, tmp_path):
     """A run of finetune.py on the striped images (13 test images)."""
-    stage("finetune.py", *FOLDER, *VIT, "--epochs", "4", "--batch-size", "4", "--lr", "3e-3", "--output",
+    stage("finetune.py", *DATA, *VIT, "--epochs", "4", "--batch-size", "4", "--lr", "3e-3", "--output",
           "run", cwd=tmp_path)
     return tmp_path
 
 
 def test_points_equal_the_slow_version(trained, unfused):
-    done = stage("attn_distance.py", *FOLDER, *VIT, "--runs", "run", "random", "--batch-size", "4",
+    done = stage("attn_distance.py", *DATA, *VIT, "--runs", "run", "random", "--batch-size", "4",
                  "--output", "out", cwd=trained)
     assert "there are 13 test images, not 512" in done.stdout
     result, rows = metrics(trained / "out"), table(trained / "out" / "attn_distance.csv")
     assert [run["name"] for run in result["runs"]] == ["run", "random"] and result["counts"]["measured"] == 13
     model, meta = common.load_trained(trained / "run" / "model.pt")
     reach = []
-    for file in sorted((trained / "data" / "test").rglob("*.png")):
-        pixels = torch.from_numpy(common.resize_short_side(np.array(Image.open(file))[..., None],
-                                                           meta["resize"]).copy())
-        view = attn_distance.argparse.Namespace(image_size=64, resize=meta["resize"])
-        images = common.eval_view(pixels[None], torch.tensor([pixels.shape[:2]]), view, meta["mean"],
-                                  meta["std"])
+    dataset = common.open_dataset(trained / "data")
+    for row in dataset.rows["test"]:
+        pixels = torch.from_numpy(dataset.images[row].copy())
+        images = common.eval_view(pixels[None], 64, meta["mean"], meta["std"])
         with torch.inference_mode():
             maps = attention_by_hand(model, images)
         reach.append([slow_distance(m[0], (4, 4), (16, 16), 1) for m in maps])
@@ -151,7 +149,7 @@ def test_points_equal_the_slow_version(trained, unfused):
 
 
 def test_processes_flags_and_precision(trained):
-    args = ["attn_distance.py", *FOLDER, *VIT, "--images", "11", "--runs", "run"]
+    args = ["attn_distance.py", *DATA, *VIT, "--images", "11", "--runs", "run"]
     for name, extra, processes in (("one", [], 1), ("two", [], 2), ("cls", ["--include-cls"], 1),
                                    ("raw", ["--no-renormalize"], 1), ("bf16", ["--amp", "bf16"], 1)):
         stage(*args, *extra, "--output", name, cwd=trained, processes=processes)
@@ -175,6 +173,6 @@ def test_processes_flags_and_precision(trained):
     (["--arch", "test_vit", "--images", "1"], ["--images 1"]),
     (["--arch", "test_vit", "--compile"], ["--compile"])])
 def test_mistakes(folder_data, tmp_path, args, words):
-    done = stage("attn_distance.py", *FOLDER, *TINY, *args, "--output", "out", cwd=tmp_path, check=False)
+    done = stage("attn_distance.py", *DATA, *TINY, *args, "--output", "out", cwd=tmp_path, check=False)
     refused(done, *words)
     assert not (tmp_path / "out").exists()

@@ -9,12 +9,10 @@ from torchvision.transforms import RandomResizedCrop
 import common
 
 
-def padded(sizes, channels=3, seed=0):
-    """Random images of several sizes as read_batch gives them."""
+def random_images(count, side, channels=3, seed=0):
+    """Random square images as read_batch gives them."""
     generator = torch.Generator().manual_seed(seed)
-    batch = torch.randint(0, 256, (len(sizes), max(h for h, _ in sizes), max(w for _, w in sizes), channels),
-                          dtype=torch.uint8, generator=generator)
-    return batch, torch.tensor(sizes)
+    return torch.randint(0, 256, (count, side, side, channels), dtype=torch.uint8, generator=generator)
 
 
 def draws(count, key=0):
@@ -24,12 +22,12 @@ def draws(count, key=0):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_crop_resize_equals_torchvision(channels):
-    images, sizes = padded([(50, 61), (40, 40), (33, 90), (64, 48)], channels)
-    boxes = common.random_boxes(draws(4), sizes, (0.1, 1.0))
+    images = random_images(4, 61, channels)
+    boxes = common.random_boxes(draws(4), 61, (0.1, 1.0))
     flips = torch.tensor([[0, 0], [1, 0], [0, 1], [1, 1]]).bool()
     ours = common.crop_resize(images, boxes, 24, flips)
     for i, (top, left, height, width) in enumerate(boxes.int().tolist()):
-        image = images[i, :sizes[i, 0], :sizes[i, 1]].permute(2, 0, 1).float() / 255
+        image = images[i].permute(2, 0, 1).float() / 255
         crop = TF.resized_crop(image, top, left, height, width, [24, 24], antialias=True)
         if flips[i, 0]:
             crop = TF.vertical_flip(crop)
@@ -40,28 +38,34 @@ def test_crop_resize_equals_torchvision(channels):
 
 def test_boxes_are_those_of_random_resized_crop():
     """Inside the image, of an area and an aspect within bounds, in distribution as torchvision's."""
-    sizes = torch.tensor([[100, 160]]).repeat(4000, 1)
-    boxes = common.random_boxes(draws(4000), sizes, (0.2, 0.8))
+    boxes = common.random_boxes(draws(4000), 130, (0.2, 0.8))
     top, left, height, width = boxes.T
     assert (boxes == boxes.round()).all() and (boxes >= 0).all()
-    assert (top + height <= 100).all() and (left + width <= 160).all()
-    area, aspect = height * width / 16000, width / height
+    assert (top + height <= 130).all() and (left + width <= 130).all()
+    area, aspect = height * width / 16900, width / height
     assert area.min() > 0.19 and area.max() < 0.82 and aspect.min() > 0.73 and aspect.max() < 1.37
     torch.manual_seed(0)
-    theirs = torch.tensor([RandomResizedCrop.get_params(torch.empty(3, 100, 160), [0.2, 0.8], [3 / 4, 4 / 3])
+    theirs = torch.tensor([RandomResizedCrop.get_params(torch.empty(3, 130, 130), [0.2, 0.8], [3 / 4, 4 / 3])
                            for _ in range(4000)]).float()
-    assert abs(area.mean() - (theirs[:, 2] * theirs[:, 3] / 16000).mean()) < 0.01
+    assert abs(area.mean() - (theirs[:, 2] * theirs[:, 3] / 16900).mean()) < 0.01
     assert abs(aspect.mean() - (theirs[:, 3] / theirs[:, 2]).mean()) < 0.01
-    assert abs((top / (100 - height).clamp(min=1)).mean() - 0.5) < 0.03
-    narrow = common.random_boxes(draws(5), torch.tensor([[10, 400]]).repeat(5, 1), (0.9, 1.0))
-    assert narrow[0].tolist() == [0, 193, 10, 13]  # no try fits: the central box of the widest aspect
+    assert abs((top / (130 - height).clamp(min=1)).mean() - 0.5) < 0.03
+    whole = common.random_boxes(draws(5), 1000, (1.0, 1.0))
+    assert whole[0].tolist() == [0, 0, 1000, 1000]  # no try fits, unless its aspect is 1
 
 
-def test_evaluation_is_the_plain_centre_crop():
-    images, sizes = padded([(36, 50), (44, 36)])
-    view = common.crop_resize(images, common.centre_boxes(sizes, 32), 32)
-    assert (view[0] * 255 - images[0, 2:34, 9:41].permute(2, 0, 1)).abs().max() < 1e-3
-    assert (view[1] * 255 - images[1, 6:38, 2:34].permute(2, 0, 1)).abs().max() < 1e-3
+@pytest.mark.parametrize("side, corner, length", [(256, 16, 224), (28, 2, 24), (96, 6, 84)])
+def test_evaluation_is_the_centre_seven_eighths(side, corner, length):
+    """224 of 256 pixels as they are, as in the paper; other sides in proportion, resized."""
+    images = random_images(2, side)
+    assert common.centre_box(side) == (corner, length)
+    view = common.eval_view(images, 56, [0.0] * 3, [1.0] * 3)
+    centre = images[:, corner:corner + length, corner:corner + length].permute(0, 3, 1, 2).float() / 255
+    assert (view - TF.resize(centre, [56, 56], antialias=True)).abs().max() < 1e-5
+    assert (common.eval_view(images, length, [0.0] * 3, [1.0] * 3) - centre).abs().max() < 1e-6
+    whole = common.eval_view(images, 56, [0.0] * 3, [1.0] * 3, whole=True)
+    expected = TF.resize(images.permute(0, 3, 1, 2).float() / 255, [56, 56], antialias=True)
+    assert (whole - expected).abs().max() < 1e-5
 
 
 def slow_jitter(image, bright, contrast, saturation, turn):

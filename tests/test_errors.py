@@ -1,16 +1,26 @@
 """Every mistake a user makes gets one clear line, exit code 2, and leaves nothing behind."""
 import os
 import pickle
+import re
 import resource
+import shutil
 
+import filelock
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from conftest import TINY, picture, refused, stage
+from conftest import TINY, prepare, refused, stage, table
 
-QUICK = ["--arch", "test_vit", "--epochs", "1", "--batch-size", "4", "--output", "run", *TINY]
+TRAIN = ["--data", "demo", "--arch", "test_vit", "--epochs", "1", "--batch-size", "4", *TINY]
+QUICK = [*TRAIN, "--output", "run"]
+
+
+@pytest.fixture(autouse=True)
+def demo_here(demo, tmp_path):
+    """demo/ in the test's folder."""
+    (tmp_path / "demo").symlink_to(demo)
 
 
 def finetune(cwd, *args, **options):
@@ -20,60 +30,52 @@ def finetune(cwd, *args, **options):
     return done
 
 
-def test_missing_folder(tmp_path):
-    refused(finetune(tmp_path, "--dataset", "folder", "--data-dir", "nowhere"), "nowhere", "no such folder")
-    refused(finetune(tmp_path, "--dataset", "folder"), "--data-dir")
+def test_data_that_is_not_prepared(tmp_path):
+    refused(finetune(tmp_path, "--data", "nowhere"), "--data nowhere", "images.npy", "python prepare.py SOURCE")
+    (tmp_path / "pictures").mkdir()
+    refused(finetune(tmp_path, "--data", "pictures"), "--data pictures", "images.npy")
 
 
-def test_folder_without_train(tmp_path):
-    (tmp_path / "data" / "pictures").mkdir(parents=True)
-    refused(finetune(tmp_path, "--dataset", "folder", "--data-dir", "data"), "train/", "pictures")
+def damaged(tmp_path, name, change):
+    """A copy of the demo in broken/ whose file `name` is change(its text)."""
+    shutil.rmtree(tmp_path / "broken", ignore_errors=True)
+    shutil.copytree(tmp_path / "demo", tmp_path / "broken")
+    text = (tmp_path / "broken" / name).read_bytes()
+    (tmp_path / "broken" / name).write_bytes(change(text))
 
 
-def test_empty_class(folder_data):
-    (folder_data / "train" / "vacant").mkdir()
-    refused(finetune(folder_data.parent, "--dataset", "folder", "--data-dir", "data"), "vacant", "no images")
+def test_a_damaged_prepared_folder_is_named(tmp_path):
+    cases = [("images.npy", lambda t: t[:5000], "damaged"), ("dataset.json", lambda t: t[:20], "damaged"),
+             ("labels.csv", lambda t: b"\n".join(t.split(b"\n")[:-5]), "row i must describe image i"),
+             ("labels.csv", lambda t: t.replace(b"split", b"part", 1), "no column 'split'"),
+             ("labels.csv", lambda t: t.replace(b",train,", b",learn,", 1), "split 'learn' of 0000"),
+             ("labels.csv", lambda t: t.replace(b"globular", b"globlar", 1), "label 'globlar' of 0000"),
+             ("labels.csv", lambda t: t + b"a,b\n", "cells")]
+    for name, change, words in cases:
+        damaged(tmp_path, name, change)
+        refused(finetune(tmp_path, "--data", "broken"), "broken", words)
 
 
-def test_label_unseen_in_train(folder_data, csv_data):
-    (folder_data / "test" / "rare").mkdir()
-    Image.fromarray(picture(np.random.default_rng(0), 2)).save(folder_data / "test" / "rare" / "a.png")
-    refused(finetune(folder_data.parent, "--dataset", "folder", "--data-dir", "data"), "rare", "not in train")
-    with open(csv_data / "labels.csv", "a") as out:
-        out.write("00.png,strange,test,p99,0,0\n")
-    refused(finetune(csv_data.parent, "--dataset", "csv", "--data-dir", "data", "--split-column", "split"),
-            "strange", "no train image")
+def test_labels_that_a_stage_cannot_use(tmp_path):
+    damaged(tmp_path, "labels.csv", lambda t: t.replace(b",test,", b",train,"))
+    refused(finetune(tmp_path, "--data", "broken"), "no test images", "800 train")
+    damaged(tmp_path, "labels.csv", lambda t: t.replace(b",train,", b",,"))
+    refused(finetune(tmp_path, "--data", "broken"), "no train images")
+    refused(finetune(tmp_path, "--limit", "2", "--batch-size", "2"), "no training image has the label", "--limit")
+    damaged(tmp_path, "labels.csv", lambda t: b"\n".join(line.rpartition(b",")[0] for line in t.split(b"\n")[:-1]))
+    damaged_json = tmp_path / "broken" / "dataset.json"
+    damaged_json.unlink()
+    refused(finetune(tmp_path, "--data", "broken"), "no labels", "segment.py")
 
 
-def test_undecodable_files_are_all_named(folder_data, tmp_path):
-    (folder_data / "train" / "level" / "words.png").write_text("this is no image")
-    noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / "whole.jpg")
-    half = (tmp_path / "whole.jpg").read_bytes()[:20000]
-    (folder_data / "test" / "level" / "half.jpg").write_bytes(half)
-    (folder_data / "test" / "level" / "link.png").symlink_to("nowhere.png")
-    args = ["--dataset", "folder", "--data-dir", "data"]
-    refused(finetune(tmp_path, *args), "3 of 40 images", "words.png", "half.jpg", "link.png",
-            "--skip-broken")
-    done = stage("finetune.py", *QUICK, *args, "--skip-broken", cwd=tmp_path)
-    assert "13 test images" in done.stdout and "left out: 3 of 40" in done.stdout
+def test_kappa_of_unordered_classes(tmp_path):
+    refused(finetune(tmp_path, "--metric", "quadratic_kappa"), "--metric quadratic_kappa", "--ordinal")
 
 
-def test_csv_mistakes(csv_data, tmp_path):
-    args = ["--dataset", "csv", "--data-dir", "data"]
-    refused(finetune(tmp_path, *args, "--label-column", "grade"), "no column 'grade'", "image, label, split")
-    refused(finetune(tmp_path, *args, "--split-column", "label"), "none of train, val, test")
-    refused(finetune(tmp_path, *args, "--label-column", "a,patient"), "0 or 1", "p0")
-    refused(finetune(tmp_path, *args, "--csv", "data/none.csv"), "data/none.csv", "no such CSV")
-    text = (csv_data / "labels.csv").read_text()
-    (csv_data / "torn.csv").write_text(text)
-    refused(finetune(tmp_path, *args, "--csv", "data/torn.csv", "--split-column", "split",
-                     "--group-column", "patient"),
-            "more than one split", "p1")
-    (csv_data / "missing.csv").write_text(text + "gone1.png,u,train,p1,0,0\ngone2.png,u,train,p1,0,0\n")
-    refused(finetune(tmp_path, *args, "--csv", "data/missing.csv"), "2 of 62", "gone1.png", "gone2.png")
-    (csv_data / "blank.csv").write_text(text + "00.png,,train,p1,0,0\n")
-    refused(finetune(tmp_path, *args, "--csv", "data/blank.csv"), "no label", "00.png")
+def test_one_class(tmp_path):
+    damaged(tmp_path, "labels.csv", lambda t: re.sub(rb"homogeneous|reticular|streaked", b"globular", t))
+    (tmp_path / "broken" / "dataset.json").unlink()
+    refused(finetune(tmp_path, "--data", "broken"), "one class, globular")
 
 
 def test_checkpoint_of_another_architecture(tmp_path):
@@ -112,7 +114,8 @@ def test_output_folder_of_another_run(tmp_path):
                           (["--lr", "0.5"], "lr 0.0001 there, 0.5")):
         done = stage("finetune.py", *QUICK, "--limit", "8", *change, cwd=tmp_path, check=False)
         refused(done, "run", words)
-    done = stage("knn_eval.py", "--arch", "test_vit", "--output", "run", *TINY, cwd=tmp_path, check=False)
+    done = stage("knn_eval.py", "--data", "demo", "--arch", "test_vit", "--output", "run", *TINY, cwd=tmp_path,
+                 check=False)
     refused(done, "another run", "of finetune")
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
     done = stage("finetune.py", *QUICK, "--limit", "8", cwd=tmp_path)
@@ -131,20 +134,46 @@ def test_batch_size_does_not_divide(tmp_path):
     refused(finetune(tmp_path, "--batch-size", "700"), "--batch-size 700", "600 training images")
 
 
-def test_full_disk(folder_data, tmp_path):
-    args = ["--dataset", "folder", "--data-dir", "data"]
-    refused(finetune(tmp_path, *args, "--resize", "2000000"), "--cache-dir cache", "GB are free", "--resize")
-    small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))  # noqa: E731
-    refused(finetune(tmp_path, *args, limit=small), "--cache-dir cache", "cannot be written")
-    assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
+def test_full_disk(folder_source, tmp_path):
+    def small():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+    refused(prepare("source", "full", cwd=tmp_path, check=False, limit=small), "--output full", "cannot be written")
+    assert not (tmp_path / "full").exists() and not (tmp_path / "full.partial").exists()
     (tmp_path / "file").write_text("")
-    refused(finetune(tmp_path, *args, "--cache-dir", "file"), "--cache-dir file", "cannot be written")
+    refused(prepare("source", "file/below", cwd=tmp_path, check=False), "--output file/below", "cannot be written")
+
+
+def test_the_run_folder_knows_its_data(tmp_path):
+    damaged(tmp_path, "labels.csv", lambda t: t)
+    train = [*QUICK, "--data", "broken", "--limit", "8"]
+    stage("finetune.py", *train, cwd=tmp_path)
+    assert "is complete" in stage("finetune.py", *train, cwd=tmp_path).stdout
+    (tmp_path / "broken").rename(tmp_path / "elsewhere")  # the same data at another place is the same
+    assert "is complete" in stage("finetune.py", *train, "--data", "elsewhere", cwd=tmp_path).stdout
+    first = table(tmp_path / "elsewhere" / "labels.csv")[0]
+    text = (tmp_path / "elsewhere" / "labels.csv").read_text()
+    row = ",".join(first.values())
+    (tmp_path / "elsewhere" / "labels.csv").write_text(text.replace(row, row.replace("globular", "streaked"), 1))
+    for finished in (True, False):
+        done = stage("finetune.py", *train, "--data", "elsewhere", cwd=tmp_path, check=False)
+        refused(done, "run holds a run on other data", "--overwrite")
+        if finished:
+            (tmp_path / "run" / "metrics.json").unlink()  # as if it had been interrupted
+
+
+def test_two_processes_never_write_one_run_folder(tmp_path):
+    stage("finetune.py", *QUICK, "--limit", "8", cwd=tmp_path)
+    (tmp_path / "run" / "metrics.json").unlink()
+    with filelock.FileLock(tmp_path / "run" / ".lock"):  # as another process holds it
+        done = stage("finetune.py", *QUICK, "--limit", "8", cwd=tmp_path, check=False)
+        refused(done, "run is being written by another process")
+    assert "resuming" in stage("finetune.py", *QUICK, "--limit", "8", cwd=tmp_path).stdout
 
 
 def test_output_cannot_be_written(tmp_path):
     (tmp_path / "run").write_text("")
     refused(stage("finetune.py", *QUICK, cwd=tmp_path, check=False), "--output run", "not a folder")
-    refused(stage("finetune.py", *QUICK[:-8], "--output", "run/below", *TINY, cwd=tmp_path, check=False),
+    refused(stage("finetune.py", *TRAIN, "--output", "run/below", cwd=tmp_path, check=False),
             "run/below", "cannot be written")
 
 
@@ -154,14 +183,14 @@ def test_output_cannot_be_written(tmp_path):
     (["--lerning-rate", "1"], ["--lerning-rate"]), (["--scale", "0.9", "0.5"], ["--scale"]),
     (["--image-size", "40"], ["40", "16-pixel patches", "try"]),
     (["--device", "cuda"], ["--device cuda"]), (["--amp", "fp16"], ["--amp fp16"]),
-    (["--dataset", "imagenet"], ["--dataset", "demo"]),
+    (["--dataset", "imagenet"], ["--dataset"]),
     (["--init-key", "student", "--init", "x.pt"], ["x.pt"])])
 def test_wrong_arguments(tmp_path, args, words):
     refused(finetune(tmp_path, *args), *words)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    done = stage("finetune.py", *QUICK[:-8], "--output", "run", *TINY, "--lr", "1e30", "--clip-grad", "0",
+    done = stage("finetune.py", *QUICK, "--lr", "1e30", "--clip-grad", "0",
                  "--schedule", "plateau", "--warmup-steps", "0", cwd=tmp_path, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if "error: " in line]
@@ -171,7 +200,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 def test_predict_mistakes(tmp_path):
     refused(finetune(tmp_path, "--predict", "new"), "--predict needs --init RUN/model.pt")
-    stage("finetune.py", *QUICK[:-8], "--limit", "8", "--output", "trained", *TINY, cwd=tmp_path)
+    stage("finetune.py", *TRAIN, "--limit", "8", "--output", "trained", cwd=tmp_path)
     known = ["--predict", "new", "--init", "trained/model.pt"]
     done = stage("finetune.py", *known, "--output", "out", *TINY, cwd=tmp_path, check=False)
     refused(done, "--predict new", "neither a folder nor a CSV")
@@ -180,3 +209,9 @@ def test_predict_mistakes(tmp_path):
     Image.fromarray(np.zeros((40, 40), np.uint8)).save(tmp_path / "new" / "a.png")
     refused(stage("finetune.py", *known, "--output", "trained", *TINY, cwd=tmp_path, check=False),
             "--output trained", "new folder")
+    (tmp_path / "new" / "words.png").write_text("this is no image")
+    refused(stage("finetune.py", *known, "--output", "out", *TINY, cwd=tmp_path, check=False), "1 files", "words.png",
+            "--skip-broken")
+    assert not (tmp_path / "out").exists()
+    stage("finetune.py", *known, "--output", "out", "--skip-broken", *TINY, cwd=tmp_path)
+    assert [row["image"] for row in table(tmp_path / "out" / "predictions.csv")] == ["a.png"]

@@ -18,7 +18,7 @@ def test_classes_equal_scikit_learn(seed, classes):
     rng = np.random.default_rng(seed)
     labels, scores = rng.integers(classes, size=200), rounded(rng, (200, classes))
     guess = scores.argmax(1)
-    ours = common.all_metrics("classes", list("abcdef")[:classes], labels, scores)
+    ours = common.all_metrics("classes", list("abcdef")[:classes], labels, scores, ordinal=True)
     column = scores[:, 1] if classes == 2 else None
     one_hot = np.eye(classes)[labels]
     expected = {

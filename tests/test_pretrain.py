@@ -11,10 +11,12 @@ import torchvision.transforms.v2.functional as TF
 from PIL import Image
 
 import common
+import prepare
 import pretrain_dino as dino
-from conftest import TINY, killed, metrics, refused, stage
+from conftest import TINY, killed, metrics, picture, refused, stage
+from conftest import prepare as prepare_source
 
-FOLDER = ["--dataset", "folder", "--data-dir", "data"]
+DATA = ["--data", "data"]
 FAST = ["--epochs", "3", "--batch-size", "4", "--out-dim", "64", "--local-crops", "2", "--local-size", "16"]
 
 
@@ -115,11 +117,8 @@ def tiny_state(out_dim=16, **changes):
         "clip_grad": 3.0, "output": "", **changes})
     run = common.Run(0, 1, torch.device("cpu"), "off")
     student, teacher, _ = dino.build(args, run)
-    pixels = np.concatenate([demo.ravel() for demo, _ in map(common.demo_image, range(8))])
-    shapes = np.array([[128, 128, 3]] * 8)
-    store = common.Store(None, pixels, np.arange(8) * 128 * 128 * 3, shapes, None, None, {})
-    dataset = common.Dataset("demo", "classes", ["a"], {"train": common.Split([""] * 8, rows=np.arange(8))},
-                             mean=[0.5] * 3, std=[0.2] * 3, store=store)
+    images = np.stack([prepare.draw_lesion(i)[0] for i in range(8)])
+    dataset = SimpleNamespace(images=images, rows={"train": np.arange(8)}, mean=[0.5] * 3, std=[0.2] * 3)
     state = SimpleNamespace(student=student, teacher=teacher, wrapped=student, center=torch.zeros(out_dim),
                             optimizer=torch.optim.AdamW(dino.parameter_groups(student)),
                             scaler=torch.amp.GradScaler("cpu", enabled=False))
@@ -214,7 +213,7 @@ def test_last_layer_is_frozen_at_first():
 
 @pytest.mark.parametrize("arch", ["test_vit", "test_resnet"])
 def test_run_and_what_follows_from_it(folder_data, tmp_path, arch):
-    args = [*FOLDER, *FAST, "--arch", arch, "--export", "dino.safetensors", "--probe-every", "1", *TINY]
+    args = [*DATA, *FAST, "--arch", arch, "--export", "dino.safetensors", "--probe-every", "1", *TINY]
     done = stage("pretrain_dino.py", *args, "--output", "run", cwd=tmp_path)
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert len(log) == 3 and all(np.isfinite(entry["loss"]) and 0 <= entry["knn"] <= 1 for entry in log)
@@ -227,7 +226,7 @@ def test_run_and_what_follows_from_it(folder_data, tmp_path, arch):
     model.load_state_dict(timm.models.load_state_dict(str(tmp_path / "dino.safetensors")))
     trained = torch.load(tmp_path / "run" / "model.pt", weights_only=True)
     assert all(torch.equal(value, trained["state_dict"][name]) for name, value in model.state_dict().items())
-    done = stage("finetune.py", *FOLDER, "--init", "run/model.pt", "--epochs", "1", "--batch-size", "4",
+    done = stage("finetune.py", *DATA, "--init", "run/model.pt", "--epochs", "1", "--batch-size", "4",
                  "--output", "tuned", *TINY, cwd=tmp_path)
     count = len(trained["state_dict"])
     assert f"{count} of {count} backbone tensors loaded" in done.stdout
@@ -255,7 +254,7 @@ def test_collapse_is_named_and_a_healthy_run_is_not_accused(tmp_path):
 
 @pytest.mark.parametrize("arch,accumulate", [("test_vit", 1), ("test_vit", 2), ("test_resnet", 1)])
 def test_two_processes_equal_one(folder_data, tmp_path, arch, accumulate):
-    args = [*FOLDER, *FAST, "--arch", arch, "--drop-path", "0", "--accumulate", str(accumulate), *TINY]
+    args = [*DATA, *FAST, "--arch", arch, "--drop-path", "0", "--accumulate", str(accumulate), *TINY]
     stage("pretrain_dino.py", *args, "--output", "one", cwd=tmp_path)
     stage("pretrain_dino.py", *args, "--output", "two", cwd=tmp_path, processes=2)
     logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
@@ -270,7 +269,7 @@ def test_two_processes_equal_one(folder_data, tmp_path, arch, accumulate):
 
 
 def test_resumed_after_sigkill_bit_for_bit(folder_data, tmp_path):
-    args = [*FOLDER, *FAST, "--epochs", "6", "--arch", "test_vit", "--drop-path", "0.1", *TINY]
+    args = [*DATA, *FAST, "--epochs", "6", "--arch", "test_vit", "--drop-path", "0.1", *TINY]
     stage("pretrain_dino.py", *args, "--output", "whole", cwd=tmp_path)
     killed("pretrain_dino.py", *args, "--output", "killed", cwd=tmp_path,
            log=tmp_path / "killed" / "log.jsonl", lines=2, text="epoch 3/6")
@@ -285,7 +284,7 @@ def test_resumed_after_sigkill_bit_for_bit(folder_data, tmp_path):
 
 def test_mistakes(folder_data, tmp_path):
     run = lambda *args: stage(  # noqa: E731
-        "pretrain_dino.py", *FOLDER, *FAST, "--arch", "test_vit", "--output", "run", *TINY, *args,
+        "pretrain_dino.py", *DATA, *FAST, "--arch", "test_vit", "--output", "run", *TINY, *args,
         cwd=tmp_path, check=False)
     refused(run("--accumulate", "3"), "--accumulate 3", "--batch-size 4")
     refused(run("--global-scale", "0.9", "0.2"), "--global-scale")
@@ -301,7 +300,7 @@ def test_mistakes(folder_data, tmp_path):
 
 
 def test_preview_touches_no_run(folder_data, tmp_path):
-    args = [*FOLDER, *FAST, "--arch", "test_vit", "--epochs", "1", *TINY]
+    args = [*DATA, *FAST, "--arch", "test_vit", "--epochs", "1", *TINY]
     stage("pretrain_dino.py", *args, "--output", "run", cwd=tmp_path)
     (tmp_path / "run" / "crops.png").unlink()
     before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
@@ -313,7 +312,7 @@ def test_preview_touches_no_run(folder_data, tmp_path):
 def test_weights_that_are_not_finite_are_not_saved(folder_data, tmp_path):
     """A loss is taken before its step's update: with one step an epoch, the first at a rate of 0 and the
     second at an endless one, the loss of epoch 2 is finite and its weights are not."""
-    args = [*FOLDER, *FAST, "--arch", "test_vit", "--batch-size", "20", "--warmup-epochs", "1",
+    args = [*DATA, *FAST, "--arch", "test_vit", "--batch-size", "20", "--warmup-epochs", "1",
             "--lr", "1e38", "--output", "run", *TINY]
     done = stage("pretrain_dino.py", *args, cwd=tmp_path, check=False)
     assert done.returncode == 2 and "not finite after epoch 2" in done.stderr, done.stderr
@@ -330,3 +329,21 @@ def test_verdict_by_value(entropies, marginals, word):
     log = [{"entropy": e, "marginal_entropy": m, "feature_std": 0.3} for e, m in zip(entropies, marginals)]
     said = dino.verdict(log, {"feature_std": 0.2}, SimpleNamespace(out_dim=1024, batch_size=32))
     assert said is None if word is None else word in said
+
+
+@pytest.mark.parametrize("layout", ["flat", "one class"])
+def test_images_without_labels(tmp_path, layout):
+    """A folder of images, or all of them in the one class folder that torchvision's ImageFolder asks for."""
+    folder = tmp_path / "source" / ("" if layout == "flat" else "train/all")
+    folder.mkdir(parents=True)
+    for i in range(30):
+        Image.fromarray(picture(np.random.default_rng(i), i % 2)).save(folder / f"{i}.png")
+    done = prepare_source("source", "data", cwd=tmp_path)
+    assert ("there is one class, 'all'" in done.stdout) == (layout == "one class")
+    args = [*DATA, "--arch", "test_vit", "--batch-size", "8", "--epochs", "1", *TINY]
+    stage("pretrain_dino.py", *args, "--output", "run", cwd=tmp_path)
+    result = metrics(tmp_path / "run")
+    assert result["counts"] == {"train": 21, "val": 5, "test": 4}
+    assert ("knn" in result["val"]) and (result["val"]["knn"] is None) == (layout == "flat")
+    refused(stage("finetune.py", *args, "--output", "no", cwd=tmp_path, check=False),
+            "no labels" if layout == "flat" else "one class, all")

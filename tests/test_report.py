@@ -12,7 +12,7 @@ from PIL import Image
 
 import common
 import report
-from conftest import ROOT, metrics, refused, stage, table
+from conftest import ROOT, metrics, prepare, refused, stage, table
 
 
 def fake_run(place, stage_name, arch, init, seed, accuracy, split="abc", images=50, arguments=None,
@@ -31,9 +31,9 @@ def fake_run(place, stage_name, arch, init, seed, accuracy, split="abc", images=
     (folder / "args.json").write_text(json.dumps({
         "command": "made by hand", "versions": {"torch": "0"},
         "arguments": {"epochs": 1, **(arguments or {})}}))
-    rows = [f"{i}.png,a,{'a' if i < right else 'b'},{0.9 if i < right else 0.1},{0.1 if i < right else 0.9}"
+    rows = [f"{i}.png,,a,{'a' if i < right else 'b'},{0.9 if i < right else 0.1},{0.1 if i < right else 0.9}"
             for i in range(images)]
-    (folder / "predictions.csv").write_text("path,label,predicted,a,b\n" + "\n".join(rows) + "\n")
+    (folder / "predictions.csv").write_text("image,group,label,predicted,a,b\n" + "\n".join(rows) + "\n")
     return folder
 
 
@@ -200,8 +200,8 @@ def test_multilabel_names_may_hold_blanks(tmp_path):
     areas = [common.roc_auc(truth[:, i], scores[:, i]) for i in range(2)]
     folder = fake_run(tmp_path, "finetune", "resnet18", "random", 0, 0.5, metric="roc_auc",
                       test={"roc_auc": float(np.mean(areas)), "roc_auc_by_label": {}})
-    head, names = "path,label,predicted,No Finding,Edema\n", np.array(["No Finding", "Edema"])
-    rows = [",".join([f"{i:02d}.png", " ".join(names[flags]), "", *map(str, values)])
+    head, names = "image,group,label,predicted,No Finding,Edema\n", np.array(["No Finding", "Edema"])
+    rows = [",".join([f"{i:02d}.png", "", " ".join(names[flags]), "", *map(str, values)])
             for i, (flags, values) in enumerate(zip(truth, scores))]
     (folder / "predictions.csv").write_text(head + "\n".join(rows) + "\n")
     run, = report.read_runs([tmp_path])[0]
@@ -245,7 +245,7 @@ def study(place, **changes):
     return {**os.environ, "PYTHON": sys.executable, "HF_HUB_OFFLINE": "1", "RUNS": str(place / "runs"),
             "ARCHS": "test_resnet test_vit", "CAPACITY": "", "INITS": "random", "SEEDS": "0",
             "IMAGE_SIZE": "32", "EPOCHS": "1", "SEGMENT": "0",
-            "DATA_FLAGS": f"--limit 64 --cache-dir {place}/cache", "SALIENCY_FLAGS": "--images 2",
+            "DATA": str(place / "demo"), "DATA_FLAGS": "--limit 64", "SALIENCY_FLAGS": "--images 2",
             "ATTENTION_FLAGS": "--images 13", **changes}
 
 
@@ -265,7 +265,8 @@ sys.stdin.read()
 """
 
 
-def test_run_all_goes_on_where_it_stopped(tmp_path):
+def test_run_all_goes_on_where_it_stopped(tmp_path, demo):
+    (tmp_path / "demo").symlink_to(demo)
     plan = run_all(tmp_path, DRY_RUN="1")
     assert plan.returncode == 0 and "6 steps, remaining unknown" in plan.stdout and "done" not in plan.stdout
     assert not (tmp_path / "runs").exists()
@@ -328,8 +329,8 @@ def interrupted(place, ready, end, **changes):
 def test_killed_studies_end_with_the_same_results(folder_data, tmp_path):
     """Ctrl-C, the script alone killed while its step lives on, all of it killed; in a folder with a blank."""
     data = folder_data.rename(tmp_path / "my data")
-    changes = {"DATASET": "folder", "DATA_DIR": str(data), "ARCHS": "test_resnet", "EPOCHS": "12",
-               "DATA_FLAGS": f"--cache-dir {tmp_path}/cache", "FINETUNE_FLAGS": "--batch-size 4"}
+    changes = {"DATA": str(data), "ARCHS": "test_resnet", "EPOCHS": "12", "DATA_FLAGS": "",
+               "FINETUNE_FLAGS": "--batch-size 4"}
     (tmp_path / "whole").mkdir()
     whole = run_all(tmp_path / "whole", **changes)
     assert whole.returncode == 0, whole.stdout + whole.stderr
@@ -363,11 +364,38 @@ def test_killed_studies_end_with_the_same_results(folder_data, tmp_path):
 
 @pytest.mark.parametrize("changes, words", [
     ({"SEEDS": ""}, ["SEEDS is empty"]), ({"SEEDS": "0,1"}, ["SEEDS=0,1", "whole numbers"]),
-    ({"INITS": "moco"}, ["moco is none of random"]), ({"DATASET": "foo"}, ["DATASET=foo"]),
-    ({"DATASET": "folder", "DATA_DIR": "gone"}, ["there is none at", "gone"]),
+    ({"INITS": "moco"}, ["moco is none of random"]),
+    ({"DATA": "gone"}, ["gone is no prepared folder", "python prepare.py SOURCE --output"]),
+    ({"DATA": "new", "SOURCE": "gone"}, ["gone: there is no such folder"]),
     ({"ARCHS": "resnet999"}, ["resnet999"]),
     ({"RUNS": "file/runs"}, ["file/runs cannot be written"])])
-def test_mistakes_are_named_before_anything_runs(tmp_path, changes, words):
+def test_mistakes_are_named_before_anything_runs(tmp_path, demo, changes, words):
     (tmp_path / "file").write_text("")
-    refused(run_all(tmp_path, **changes), *words)
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    refused(run_all(tmp_path, **{"DATA": str(demo), **changes}), *words)
+    assert [path.name for path in tmp_path.iterdir() if path.name[0] != "."] == ["file"]
+
+
+def test_runs_on_corrected_labels_are_never_averaged(csv_source, tmp_path):
+    """The same split, one training label corrected: another fingerprint, another table."""
+    args = ["--arch", "test_vit", "--k", "1", "--image-size", "32", "--device", "cpu", "--amp", "off"]
+    prepare("source", "old", "--split-column", "split", cwd=tmp_path)
+    stage("knn_eval.py", "--data", "old", *args, "--output", "runs/a", cwd=tmp_path)
+    text = (csv_source / "labels.csv").read_text()
+    (csv_source / "labels.csv").write_text(text.replace("00.png,u,train", "00.png,l,train"))
+    prepare("source", "new/old", "--split-column", "split", cwd=tmp_path)
+    stage("knn_eval.py", "--data", "new/old", *args, "--seed", "1", "--output", "runs/b", cwd=tmp_path)
+    assert metrics(tmp_path / "runs" / "a")["dataset"] == metrics(tmp_path / "runs" / "b")["dataset"]
+    stage("report.py", "runs", cwd=tmp_path)
+    text = (tmp_path / "runs" / "report" / "report.md").read_text()
+    assert "Runs that do not belong together" in text and "n = 2" not in text
+
+
+def test_run_all_prepares_its_source_first(csv_source, tmp_path):
+    changes = {"DATA": "mine", "SOURCE": str(csv_source), "PREPARE_FLAGS": "--split-column split --label-column a,b",
+               "ARCHS": "test_vit", "DATA_FLAGS": "", "FINETUNE_FLAGS": "--batch-size 8"}
+    plan = run_all(tmp_path, **changes, DRY_RUN="1")
+    assert plan.returncode == 0 and "would first prepare" in plan.stdout and not (tmp_path / "mine").exists()
+    done = run_all(tmp_path, **changes)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert metrics(tmp_path / "runs" / "finetune-test_vit-random-s0")["metric"] == "roc_auc"
+    assert "understood" in done.stdout and "understood" not in run_all(tmp_path, **changes).stdout

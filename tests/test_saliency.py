@@ -9,9 +9,8 @@ from PIL import Image
 
 import common
 import saliency
-from conftest import TINY, metrics, refused, stage
+from conftest import TINY, metrics, prepare, refused, stage
 
-FOLDER = ["--dataset", "folder", "--data-dir", "data"]
 SMALL = ["--image-size", "64", *TINY[2:]]
 CPU = common.Run(0, 1, torch.device("cpu"), "off")
 
@@ -146,22 +145,30 @@ def test_curves_equal_the_slow_version():
         assert found[i] == pytest.approx(areas, abs=1e-5)
 
 
-def test_masks_and_maps_keep_their_places(tmp_path):
-    mask = np.zeros((200, 300), bool)
-    mask[90:150, 30:120] = True
-    Image.fromarray((255 * mask).astype(np.uint8)).save(tmp_path / "a.png")
-    Image.fromarray(mask.astype(np.uint8) * 2).save(tmp_path / "classes.png")
-    box, cached = (4.0, 20.0, 56.0, 56.0), (64, 96)  # a view of 56 x 56 in an image cached at 64 x 96
-    view = saliency.view_mask(str(tmp_path / "a.png"), box, cached, (56, 56))
-    assert (view == saliency.view_mask([(1, str(tmp_path / "classes.png"))], box, cached, (56, 56))).all()
-    for y, x in np.ndindex(56, 56):
-        assert view[y, x] == mask[int((4.5 + y) * 200 / 64), int((20.5 + x) * 300 / 96)]
-    whole, _ = saliency.place_map(torch.from_numpy(view.astype(np.float32)), box, cached, mask.shape)
-    seen = np.zeros_like(mask)
-    seen[round(4 * 200 / 64):round(60 * 200 / 64), round(20 * 300 / 96):round(76 * 300 / 96)] = True
-    inner = mask & seen
-    assert whole.shape == mask.shape and (whole[~seen] == 0).all()
-    assert ((whole > 0.5) != inner).mean() < 0.01 and inner.sum() > 1000
+@pytest.mark.parametrize("fit", ["squash", "pad", "crop"])
+def test_masks_and_maps_keep_their_places(fit):
+    """A lesion in a source of 200 x 300 pixels: prepared, seen by a model, and its map put back, by loops."""
+    side, size, height, width = 64, 56, 200, 300
+    mask = np.zeros((height, width), bool)
+    mask[90:150, 60:140] = True
+    top, left, box_height, box_width = common.fit_box(height, width, fit)
+    square = np.zeros((side, side), np.uint8)
+    for y, x in np.ndindex(side, side):
+        v, u = int(top + (y + 0.5) * box_height / side), int(left + (x + 0.5) * box_width / side)
+        square[y, x] = 3 * (0 <= v < height and 0 <= u < width and mask[v, u])
+    view = saliency.view_mask(square, size)
+    corner, length = common.centre_box(side)
+    for y, x in np.ndindex(size, size):
+        assert view[y, x] == (square[corner + int((y + 0.5) * length / size), corner + int((x + 0.5) * length / size)] > 0)
+    assert not saliency.view_mask(square, size, ignore=3).any()
+    whole, seen = saliency.place_map(torch.from_numpy(view.astype(np.float32)), side, height, width, fit)
+    expected = np.zeros_like(mask)
+    for v, u in np.ndindex(height, width):
+        y, x = (v + 0.5 - top) * side / box_height, (u + 0.5 - left) * side / box_width
+        expected[v, u] = corner <= y < corner + length and corner <= x < corner + length
+    assert whole.shape == mask.shape and (seen != expected).mean() < 0.02
+    inner = mask & expected
+    assert ((whole > 0.5) != inner).mean() < 0.02 and inner.sum() > 1000
 
 
 def test_gains_are_paired_and_signed():
@@ -179,17 +186,18 @@ def test_gains_are_paired_and_signed():
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """cnn/ and vit/, trained for an epoch on the demo set."""
+def runs(tmp_path_factory, demo):
+    """cnn/ and vit/, trained for an epoch on the demo set, which stands beside them."""
     folder = tmp_path_factory.mktemp("runs")
+    (folder / "demo").symlink_to(demo)
     for name, arch in (("cnn", "test_resnet"), ("vit", "test_vit")):
-        stage("finetune.py", "--arch", arch, "--epochs", "1", "--limit", "128", "--batch-size", "32",
+        stage("finetune.py", "--data", "demo", "--arch", arch, "--epochs", "1", "--limit", "128", "--batch-size", "32",
               "--output", name, *SMALL, cwd=folder)
     return folder
 
 
 def test_the_grid_on_masks(runs):
-    args = ["saliency.py", "--runs", "cnn", "vit", "--images", "5", "--score-images", "24", *TINY[2:]]
+    args = ["saliency.py", "--data", "demo", "--runs", "cnn", "vit", "--images", "5", "--score-images", "24", *TINY[2:]]
     said = stage(*args, "--output", "out", cwd=runs).stdout
     assert "Grad-CAM of cnn has only 2 x 2 places at 64 pixels" in said and "of vit has" not in said
     result = metrics(runs / "out")
@@ -210,7 +218,7 @@ def test_the_grid_on_masks(runs):
         assert (len(saved["paths"]) == 5 and saved["map_4"].shape == (128, 128)
                 and saved["map_4"].dtype == np.float32)
         assert saved["probabilities"].sum(1) == pytest.approx(1, abs=1e-5)
-    kept = saved["map_0"][8:120, 8:120]  # the view: the centre 64 of 73 pixels
+    kept = saved["map_0"][8:120, 8:120]  # the view: the centre 112 of 128 pixels
     assert 0 < (kept > 0).mean() < 0.75
     with Image.open(runs / "out" / "saliency.png") as image:
         assert image.width > 5 * 190 and image.height > 3 * 190
@@ -236,28 +244,47 @@ def test_own_images_in_their_own_size(runs, tmp_path):
         assert result["runs"][0]["right"] is None and result["dataset"] == "files"
 
 
-def test_masks_of_a_csv_dataset_and_multilabel(csv_data, tmp_path):
-    data = ["--dataset", "csv", "--data-dir", "data", "--label-column", "a,b", "--split-column", "split"]
-    stage("finetune.py", *data, "--arch", "test_vit", "--epochs", "1", "--batch-size", "8", "--output", "run",
-          *TINY, cwd=tmp_path)
-    (tmp_path / "masks").mkdir()
+def test_masks_of_a_csv_dataset_and_multilabel(csv_source, tmp_path):
+    (csv_source / "masks").mkdir()
     for i in range(60):
         mask = np.zeros((40, 48), np.uint8)
         mask[10:30, 10:30] = 255 * (i % 2)  # every other image has no lesion
-        Image.fromarray(mask).save(tmp_path / "masks" / f"{i:02d}.png")
-    stage("saliency.py", "--runs", "run", *data, "--masks", "masks", "--head", "1", "--output", "out",
-          *TINY[2:], cwd=tmp_path)
+        Image.fromarray(mask).save(csv_source / "masks" / f"{i:02d}.png")
+    prepare("source", "data", "--label-column", "a,b", "--split-column", "split", cwd=tmp_path)
+    data = ["--data", "data"]
+    stage("finetune.py", *data, "--arch", "test_vit", "--epochs", "1", "--batch-size", "8", "--output", "run",
+          *TINY, cwd=tmp_path)
+    stage("saliency.py", "--runs", "run", *data, "--head", "1", "--output", "out", *TINY[2:], cwd=tmp_path)
     run, = metrics(tmp_path / "out")["runs"]
     assert run["images"] == 15 and 0 <= run["right"] <= 1 and 0 < run["map"]["energy"]["mean"] < 1
+    (tmp_path / "data" / "masks.npy").unlink()
     stage("saliency.py", "--runs", "run", "run/model.pt", *data, "--score-images", "3", "--images", "2",
           "--output", "plain", *TINY[2:], cwd=tmp_path)
     result = metrics(tmp_path / "plain")
     assert ([one["images"] for one in result["runs"]] == [3, 3]
             and len({one["name"] for one in result["runs"]}) == 2)
     assert len(list((tmp_path / "plain").glob("maps-*.npz"))) == 2
-    (tmp_path / "masks" / "09.png").unlink()
-    refused(stage("saliency.py", "--runs", "run", *data, "--masks", "masks", "--output", "no", *TINY[2:],
-                  cwd=tmp_path, check=False), "--masks masks", "no mask for 1 images", "09.png")
+
+
+def test_images_of_one_name_keep_their_own_masks(tmp_path):
+    """test/a/0.png has its lesion above, test/b/0.png below; masks/ mirrors the class folders."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 6), ("val", 2), ("test", 2)):
+        for name in "ab":
+            for root in ("source", "source/masks"):
+                (tmp_path / root / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 255, (64, 64), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "source" / part / name / f"{i}.png")
+                mask = np.zeros((64, 64), np.uint8)
+                mask[slice(0, 16) if name == "a" else slice(48, 64)] = 255
+                Image.fromarray(mask).save(tmp_path / "source" / "masks" / part / name / f"{i}.png")
+    prepare("source", "data", cwd=tmp_path)
+    dataset = common.open_dataset(tmp_path / "data")
+    assert len(dataset.paths) == 20
+    for row, path in enumerate(dataset.paths):
+        above = path.split("/")[1] == "a"
+        assert dataset.masks[row, :16].all() == above and dataset.masks[row, 48:].all() != above, path
 
 
 @pytest.mark.parametrize("args,words", [
@@ -272,19 +299,17 @@ def test_masks_of_a_csv_dataset_and_multilabel(csv_data, tmp_path):
     (["--runs", "vit", "--init", "imagenet"], ["--runs"])])
 def test_mistakes(runs, args, words):
     (runs / "empty").mkdir(exist_ok=True)
-    done = stage("saliency.py", *args, "--output", "mistake", *TINY[2:], cwd=runs, check=False)
+    done = stage("saliency.py", "--data", "demo", *args, "--output", "mistake", *TINY[2:], cwd=runs, check=False)
     refused(done, *words)
     assert not (runs / "mistake").exists()
 
 
 @pytest.mark.skipif("MEDVIT_DATA" not in os.environ, reason="MEDVIT_DATA names the folder of the real images")
 def test_real_masks(tmp_path):
-    root = Path(os.environ["MEDVIT_DATA"]) / "ph2"
-    data = ["--dataset", "csv", "--data-dir", root, "--label-column", "diagnosis", "--cache-dir", tmp_path]
-    stage("finetune.py", *data, "--arch", "test_resnet", "--epochs", "1", "--output", "run", *SMALL,
+    prepare(Path(os.environ["MEDVIT_DATA"]) / "ph2", "data", "--label-column", "diagnosis", cwd=tmp_path)
+    stage("finetune.py", "--data", "data", "--arch", "test_resnet", "--epochs", "1", "--output", "run", *SMALL,
           cwd=tmp_path)
-    stage("saliency.py", *data, "--runs", "run", "--masks", root / "masks", "--output", "out", *TINY[2:],
-          cwd=tmp_path)
+    stage("saliency.py", "--data", "data", "--runs", "run", "--output", "out", *TINY[2:], cwd=tmp_path)
     run, = metrics(tmp_path / "out")["runs"]
     # lesions are photographed in the middle
     assert run["gaussian"]["iou"]["mean"] > run["random"]["iou"]["mean"]

@@ -8,10 +8,11 @@ import torch
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
+import common
 import knn_eval
-from conftest import ROOT, TINY, killed, metrics, picture, refused, stage, table
+from conftest import ROOT, TINY, killed, metrics, picture, refused, stage, table, write_prepared
 
-FOLDER = ["--dataset", "folder", "--data-dir", "data", "--leakage", "error"]
+DATA = ["--data", "data"]
 FAST = ["--arch", "test_vit", "--epochs", "3", "--batch-size", "4", "--lr", "1e-3", "--output", "run"]
 
 
@@ -28,7 +29,7 @@ def equal(a, b, tolerance=0.0):
 
 
 def test_finetune_learns_and_writes_what_the_design_names(folder_data, tmp_path):
-    done = stage("finetune.py", *FOLDER, "--arch", "resnet18", "--epochs", "6", "--batch-size", "8",
+    done = stage("finetune.py", *DATA, "--arch", "resnet18", "--epochs", "6", "--batch-size", "8",
                  "--lr", "2e-3", "--output", "run", *TINY, cwd=tmp_path)
     run = tmp_path / "run"
     result, log = metrics(run), [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
@@ -57,7 +58,7 @@ def test_finetune_learns_and_writes_what_the_design_names(folder_data, tmp_path)
 @pytest.mark.parametrize("arch", ["test_vit", "resnet18"])
 def test_two_processes_equal_one(folder_data, tmp_path, arch):
     """test_vit for layer norm, resnet18 for the batch norm over both processes; 13 test images are odd."""
-    args = [*FOLDER, "--arch", arch, "--epochs", "3", "--batch-size", "8", *TINY, "--image-size", "64"]
+    args = [*DATA, "--arch", arch, "--epochs", "3", "--batch-size", "8", *TINY, "--image-size", "64"]
     stage("finetune.py", *args, "--output", "one", cwd=tmp_path)
     stage("finetune.py", *args, "--output", "two", cwd=tmp_path, processes=2)
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
@@ -68,13 +69,13 @@ def test_two_processes_equal_one(folder_data, tmp_path, arch):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
         assert a["val"]["loss"] == pytest.approx(b["val"]["loss"], rel=1e-2)
     rows = [table(tmp_path / name / "predictions.csv") for name in ("one", "two")]
-    assert [row["path"] for row in rows[0]] == [row["path"] for row in rows[1]] and len(rows[1]) == 13
+    assert [row["image"] for row in rows[0]] == [row["image"] for row in rows[1]] and len(rows[1]) == 13
     for a, b in zip(*rows):
         assert float(a["level"]) == pytest.approx(float(b["level"]), abs=0.02)
 
 
 def test_resumed_after_sigkill_bit_for_bit(folder_data, tmp_path):
-    args = [*FOLDER, "--arch", "test_vit", "--epochs", "8", "--batch-size", "4", "--schedule", "plateau",
+    args = [*DATA, "--arch", "test_vit", "--epochs", "8", "--batch-size", "4", "--schedule", "plateau",
             *TINY]
     stage("finetune.py", *args, "--output", "whole", cwd=tmp_path)
     killed("finetune.py", *args, "--output", "killed", cwd=tmp_path,
@@ -93,9 +94,9 @@ def test_resumed_after_sigkill_bit_for_bit(folder_data, tmp_path):
 
 
 def test_freeze_trains_the_classifier_alone(folder_data, tmp_path):
-    stage("finetune.py", *FOLDER, *FAST[:-2], "--output", "first", *TINY, "--arch", "test_resnet",
+    stage("finetune.py", *DATA, *FAST[:-2], "--output", "first", *TINY, "--arch", "test_resnet",
           cwd=tmp_path)
-    stage("finetune.py", *FOLDER, *FAST[2:-2], "--freeze", "--init", "first/model.pt", "--output", "probe",
+    stage("finetune.py", *DATA, *FAST[2:-2], "--freeze", "--init", "first/model.pt", "--output", "probe",
           *TINY, cwd=tmp_path)
     first, probe = (torch.load(tmp_path / name / "model.pt", weights_only=True)
                     for name in ("first", "probe"))
@@ -106,55 +107,91 @@ def test_freeze_trains_the_classifier_alone(folder_data, tmp_path):
 
 
 def test_multilabel(csv_data, tmp_path):
-    args = ["--dataset", "csv", "--data-dir", "data", "--label-column", "a,b", "--split-column", "split"]
+    args = DATA
     stage("finetune.py", *args, *FAST, *TINY, cwd=tmp_path)
     result = metrics(tmp_path / "run")
     assert result["metric"] == "roc_auc" and "quadratic_kappa" not in result["test"]
     stage("knn_eval.py", *args, "--init", "run/model.pt", "--k", "1,5", "--output", "knn", *TINY,
           cwd=tmp_path)
     assert set(metrics(tmp_path / "knn")["by_k"]) == {"1", "5"}
-    assert list(table(tmp_path / "knn" / "predictions.csv")[0])[3:] == ["a", "b"]
+    assert list(table(tmp_path / "knn" / "predictions.csv")[0])[4:] == ["a", "b"]
 
 
 def test_predict_gives_the_test_probabilities_again(folder_data, tmp_path):
-    stage("finetune.py", *FOLDER, *FAST, *TINY, cwd=tmp_path)
+    stage("finetune.py", *DATA, *FAST, *TINY, cwd=tmp_path)
     (tmp_path / "new").mkdir()
     known = {}
     for row in table(tmp_path / "run" / "predictions.csv"):
-        name = row["path"].replace("/", "_")
-        shutil.copy(tmp_path / row["path"], tmp_path / "new" / name)  # a path from the root replaces tmp_path
-        known[f"new/{name}"] = row
+        name = row["image"].replace("/", "_")
+        shutil.copy(tmp_path / "source" / row["image"], tmp_path / "new" / name)
+        known[name] = row
     colour = np.stack([picture(np.random.default_rng(0), 0, (90, 70))] * 3, 2)
     colour[..., 0] //= 2
     Image.fromarray(colour).save(tmp_path / "new" / "another_size_in_colour.png")
     stage("finetune.py", "--predict", "new", "--init", "run/model.pt", "--output", "out", *TINY[2:],
           cwd=tmp_path)
+    assert not list(tmp_path.glob("**/*cache*"))
     rows = table(tmp_path / "out" / "predictions.csv")
     assert len(rows) == 14 and {row["label"] for row in rows} == {""}
     for row in rows:
-        if row["path"] in known:
-            assert float(row["level"]) == pytest.approx(float(known[row["path"]]["level"]), abs=1e-5)
-            assert row["predicted"] == known[row["path"]]["predicted"]
-    (tmp_path / "new" / "list.csv").write_text("image\n" + rows[0]["path"].removeprefix("new/") + "\n")
+        if row["image"] in known:
+            assert float(row["level"]) == pytest.approx(float(known[row["image"]]["level"]), abs=1e-5)
+            assert row["predicted"] == known[row["image"]]["predicted"]
+    (tmp_path / "new" / "list.csv").write_text("image\n" + rows[0]["image"] + "\n")
     stage("finetune.py", "--predict", "new/list.csv", "--init", "run/model.pt", "--output", "out2", *TINY[2:],
           cwd=tmp_path, processes=2)
     (row,) = table(tmp_path / "out2" / "predictions.csv")
     assert row["predicted"] == rows[0]["predicted"]
 
 
-def test_a_stage_and_common_copied_alone(tmp_path):
+def test_a_stage_and_common_copied_alone(folder_data, tmp_path):
+    (tmp_path / "alone").mkdir()
     for name in ("finetune.py", "common.py"):
-        shutil.copy(ROOT / name, tmp_path / name)
-    stage("finetune.py", "--arch", "test_vit", "--epochs", "1", "--limit", "64", "--output", "run", *TINY,
-          cwd=tmp_path, root=tmp_path, fresh=True)
-    assert metrics(tmp_path / "run")["counts"] == {"train": 64, "val": 100, "test": 200}
+        shutil.copy(ROOT / name, tmp_path / "alone" / name)
+    stage("finetune.py", "--data", "../data", *FAST, *TINY, cwd=tmp_path / "alone", root=tmp_path / "alone", fresh=True)
+    assert metrics(tmp_path / "alone" / "run")["counts"] == {"train": 20, "val": 4, "test": 13}
+    done = stage("finetune.py", *FAST, *TINY, cwd=tmp_path / "alone", root=tmp_path / "alone", check=False)
+    refused(done, "data/demo", "python prepare.py demo")
+
+
+def test_arrays_of_ones_own_suffice(tmp_path):
+    """The five lines of the README: images.npy and labels.csv."""
+    rng = np.random.default_rng(0)
+    images = np.stack([picture(rng, i % 2, (36, 36)) for i in range(40)])[..., None]
+    rows = [{"image": f"{i}", "split": ("train", "train", "val", "test")[i // 10], "label": "ab"[i % 2]} for i in range(40)]
+    write_prepared(tmp_path / "mine", images, rows)
+    stage("knn_eval.py", "--data", "mine", "--arch", "test_vit", "--k", "1", "--output", "run", *TINY, cwd=tmp_path)
+    assert metrics(tmp_path / "run")["counts"] == {"train": 20, "val": 10, "test": 10}
+    dataset = common.open_dataset(tmp_path / "mine")
+    assert dataset.classes == ["a", "b"] and dataset.name == "mine" and dataset.masks is None
+    train = images[:20] / 255
+    assert dataset.mean == pytest.approx([train.mean()] * 3, abs=1e-4)
+    assert dataset.std == pytest.approx([train.std()] * 3, abs=1e-4)
+
+
+def test_the_demo_prepares_itself_for_two_processes(tmp_path):
+    done = stage("finetune.py", *FAST, "--epochs", "1", "--batch-size", "64", *TINY, cwd=tmp_path, processes=2)
+    assert done.stdout.count("written: data/demo") == 1
+    result = metrics(tmp_path / "run")
+    assert result["counts"] == {"train": 600, "val": 100, "test": 200} and result["dataset"] == "demo"
+    assert "prepared already" not in stage("finetune.py", *FAST, "--epochs", "1", "--batch-size", "64", *TINY,
+                                           cwd=tmp_path).stdout
+
+
+def test_image_size_is_that_of_the_start(folder_data, tmp_path):
+    stage("finetune.py", *DATA, *FAST, *TINY, cwd=tmp_path)
+    stage("knn_eval.py", *DATA, "--init", "run/model.pt", "--k", "1", "--output", "knn", *TINY[2:], cwd=tmp_path)
+    assert metrics(tmp_path / "knn")["image_size"] == 32
+    done = stage("knn_eval.py", *DATA, "--init", "run/model.pt", "--image-size", "64", "--k", "1", "--output", "knn64",
+                 *TINY[2:], cwd=tmp_path)
+    assert "35 pixels of data are enlarged to --image-size 64" in done.stdout
 
 
 def test_mixed_precision_and_any_timm_model(folder_data, tmp_path):
-    args = [*FOLDER, "--epochs", "1", "--batch-size", "4", "--image-size", "32", "--device", "cpu",
+    args = [*DATA, "--epochs", "1", "--batch-size", "4", "--image-size", "32", "--device", "cpu",
             "--amp", "bf16"]
     stage("finetune.py", *args, "--arch", "test_convnext", "--output", "a", cwd=tmp_path)
-    stage("knn_eval.py", *args[:4], *args[8:], "--init", "a/model.pt", "--pool", "mean", "--output", "b",
+    stage("knn_eval.py", *args[:2], *args[6:], "--init", "a/model.pt", "--pool", "mean", "--output", "b",
           cwd=tmp_path)
     assert metrics(tmp_path / "a")["amp"] == "bf16" and metrics(tmp_path / "b")["arch"] == "test_convnext"
 
@@ -203,11 +240,13 @@ def test_vote_equals_the_slow_version_and_scikit_learn():
 
 
 def test_knn_cuts_k_and_takes_one_test_image(folder_data, tmp_path):
-    for name in ("level", "upright"):
-        for image in sorted((folder_data / "test" / name).iterdir())[0 if name == "level" else 1:]:
-            image.unlink()
-    (folder_data / "test" / "level").rmdir()
-    done = stage("knn_eval.py", *FOLDER, "--arch", "test_vit", "--k", "1,5,200", "--output", "run", *TINY,
+    lines = (folder_data / "labels.csv").read_text().splitlines(keepends=True)
+    tests = [i for i, line in enumerate(lines) if ",test," in line]
+    keep = next(i for i in tests if "upright" in lines[i])
+    for i in tests:
+        lines[i] = lines[i] if i == keep else lines[i].replace(",test,", ",,")
+    (folder_data / "labels.csv").write_text("".join(lines))
+    done = stage("knn_eval.py", *DATA, "--arch", "test_vit", "--k", "1,5,200", "--output", "run", *TINY,
                  cwd=tmp_path)
     result = metrics(tmp_path / "run")
     train = result["counts"]["train"]
@@ -215,16 +254,16 @@ def test_knn_cuts_k_and_takes_one_test_image(folder_data, tmp_path):
     assert set(result["by_k"]) == {"1", "5", str(train)}
     assert result["counts"]["test"] == 1 and result["test"]["undefined"] == ["level"]
     saved = np.load(tmp_path / "run" / "features.npz")
-    assert saved["test_features"].shape[0] == 1 and len(saved["train_paths"]) == train
+    assert saved["test_features"].shape[0] == 1 and len(saved["train_images"]) == train
     assert np.isfinite(saved["train_features"]).all()
 
 
 def test_knn_with_two_processes_equals_one(folder_data, tmp_path):
-    args = [*FOLDER, "--arch", "test_vit", *TINY]
+    args = [*DATA, "--arch", "test_vit", *TINY]
     for name, processes in (("one", 1), ("two", 2)):
         stage("knn_eval.py", *args, "--output", name, cwd=tmp_path, processes=processes)
     one, two = (np.load(tmp_path / name / "features.npz") for name in ("one", "two"))
     for part in ("train", "val", "test"):
-        assert (one[f"{part}_paths"] == two[f"{part}_paths"]).all()
+        assert (one[f"{part}_images"] == two[f"{part}_images"]).all()
         assert np.abs(one[f"{part}_features"] - two[f"{part}_features"]).max() < 1e-4
     assert metrics(tmp_path / "one")["test"] == metrics(tmp_path / "two")["test"]
