@@ -690,14 +690,6 @@ def normalize(images, mean, std):
     return (images - mean) / std
 
 
-def train_view(images, draws, args, mean, std):
-    """The fine-tuning augmentation of the paper: random resized crop, both flips, colour jitter. images (B, S, S, C)
-    uint8 -> (B, 3, image_size, image_size) float."""
-    boxes = random_boxes(draws, images.shape[1], args.scale)
-    images = crop_resize(images, boxes, args.image_size, draws.uniform(2) < 0.5)
-    return normalize(color_jitter(images, draws, args.jitter), mean, std)
-
-
 def eval_view(images, image_size, mean, std, whole=False):
     """The centre (or the whole) of images (B, S, S, C) uint8 at image_size: (B, 3, image_size, image_size) float."""
     corner, length = (0, images.shape[1]) if whole else centre_box(images.shape[1])

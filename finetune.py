@@ -73,6 +73,14 @@ def plateau_drops(log, patience=3):
     return drops
 
 
+def train_view(images, draws, args, mean, std):
+    """The fine-tuning augmentation of the paper: random resized crop, both flips, colour jitter. images (B, S, S, C)
+    uint8 -> (B, 3, image_size, image_size) float."""
+    boxes = common.random_boxes(draws, images.shape[1], args.scale)
+    images = common.crop_resize(images, boxes, args.image_size, draws.uniform(2) < 0.5)
+    return common.normalize(common.color_jitter(images, draws, args.jitter), mean, std)
+
+
 def loss_function(logits, labels):
     """Cross-entropy for classes (labels (B,) int64), binary cross-entropy for multilabel ((B, L) float)."""
     if labels.ndim == 1:
@@ -119,7 +127,7 @@ def train_epoch(model, optimizer, scaler, dataset, args, run, epoch, drops):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.epochs * len(order), args, drops)
         draws = Draws((args.seed, epoch, i), args.batch_size, mine, run.device)
-        view = common.train_view(images, draws, args, dataset.mean, dataset.std)
+        view = train_view(images, draws, args, dataset.mean, dataset.std)
         with run.autocast():
             logits = model(view)
         loss = loss_function(logits, labels[common.upload(order[i][mine], run.device)])
