@@ -22,7 +22,7 @@ TINY = ["--image-size", "32", "--device", "cpu", "--amp", "off"]
 # and each command is a fork of it that runs the script as __main__ with its own arguments, folder and output.
 FORKS = """
 import json, os, runpy, sys, traceback
-import numpy, PIL.Image, timm, torch, torchvision, tqdm
+import matplotlib.backends.backend_agg, matplotlib.figure, numpy, PIL.Image, timm, torch, torchvision, tqdm
 for line in sys.stdin:
     job = json.loads(line)
     child = os.fork()

@@ -392,10 +392,11 @@ def test_runs_on_corrected_labels_are_never_averaged(csv_source, tmp_path):
 
 def test_run_all_prepares_its_source_first(csv_source, tmp_path):
     changes = {"DATA": "mine", "SOURCE": str(csv_source), "PREPARE_FLAGS": "--split-column split --label-column a,b",
-               "ARCHS": "test_vit", "DATA_FLAGS": "", "FINETUNE_FLAGS": "--batch-size 8"}
+               "ARCHS": "test_vit", "DATA_FLAGS": "", "INITS": "dino", "DINO_INIT": "random", "DINO_EPOCHS": "1",
+               "CLASSIFY": "0", "DINO_FLAGS": "--batch-size 8 --out-dim 64 --local-crops 1"}
     plan = run_all(tmp_path, **changes, DRY_RUN="1")
     assert plan.returncode == 0 and "would first prepare" in plan.stdout and not (tmp_path / "mine").exists()
     done = run_all(tmp_path, **changes)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert metrics(tmp_path / "runs" / "finetune-test_vit-random-s0")["metric"] == "roc_auc"
+    assert metrics(tmp_path / "runs" / "dino-test_vit")["dataset"] == "mine"
     assert "understood" in done.stdout and "understood" not in run_all(tmp_path, **changes).stdout
