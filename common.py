@@ -86,18 +86,20 @@ def is_dicom(path):
 def files_under(folder):
     """(image files, other files) under a folder, each sorted: paths below it with forward slashes. Links to folders
     are followed; hidden files and the folders that notebooks and archives leave behind are passed over."""
-    images, others, seen = [], [], set()
+    images, others = [], []
+    above = {str(folder): ()}  # the real folders that each folder lies in
     for place, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
-        if real in seen:  # a link to a folder above it
+        chain = above.pop(place)
+        if real in chain:  # a link to a folder above it
             folders.clear()
             continue
-        seen.add(real)
         folders[:] = [name for name in folders if name[0] != "." and name != "__MACOSX"]
+        above |= {os.path.join(place, name): (*chain, real) for name in folders}
         below = os.path.relpath(place, folder).replace(os.sep, "/") + "/"
         below = below.removeprefix("./")
         for name in names:
-            if name[0] == "." or name in ("Thumbs.db", "desktop.ini"):
+            if name[0] == "." or name in ("Thumbs.db", "desktop.ini", "DICOMDIR"):
                 continue
             suffix = os.path.splitext(name)[1].lower()
             known = suffix in SUFFIXES or (not suffix or suffix[1:].isdigit()) and is_dicom(os.path.join(place, name))
@@ -132,16 +134,20 @@ def read_dicom(path):
     if int(data.get("NumberOfFrames", 1) or 1) > 1:
         note = f"{data.NumberOfFrames} frames, the first is used"
         values = values[0]
+    if data.PhotometricInterpretation == "PALETTE COLOR":
+        values = pydicom.pixels.apply_color_lut(values, data)
+        return (values >> 8).astype(np.uint8) if values.dtype == np.uint16 else values, note
     if data.get("SamplesPerPixel", 1) > 1:
         return (values if values.dtype == np.uint8 else to_8_bit(values)), note
     values = pydicom.pixels.apply_modality_lut(values, data).astype(np.float64)
-    if "WindowCenter" in data and data.get("VOILUTFunction", "LINEAR") != "SIGMOID" and "VOILUTSequence" not in data:
+    windowed = data.get("WindowCenter") not in (None, "") and data.get("WindowWidth") not in (None, "")
+    if windowed and data.get("VOILUTFunction", "LINEAR") != "SIGMOID" and "VOILUTSequence" not in data:
         center, width = (np.atleast_1d(data[name].value)[0] for name in ("WindowCenter", "WindowWidth"))
         if data.get("VOILUTFunction", "LINEAR") == "LINEAR":  # PS3.3, C.11.2.1.2.1
             center, width = center - 0.5, max(width - 1, 1e-6)
         pixels = np.round(255 * np.clip((values - center) / width + 0.5, 0, 1)).astype(np.uint8)
     else:
-        pixels = to_8_bit(pydicom.pixels.apply_voi_lut(values, data))  # as they are, without a table
+        pixels = to_8_bit(pydicom.pixels.apply_voi_lut(values, data) if windowed or "VOILUTSequence" in data else values)
     return (255 - pixels if data.PhotometricInterpretation == "MONOCHROME1" else pixels)[..., None], note
 
 

@@ -40,7 +40,7 @@ VERSION = 1
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
                "dev": "val", "test": "test", "testing": "test"}
 IMAGE_FOLDERS = ("images", "image", "imgs", "img")
-MASK_FOLDERS = ("masks", "mask", "labels", "label", "gt", "GT")
+MASK_FOLDERS = ("masks", "mask", "labels", "label", "gt")  # in any case
 MASK_ENDING = re.compile(r"(_(mask|segmentation|seg|gt|lesion))?(_\d+)?$", re.IGNORECASE)
 NO_LABEL = {"", "nan", "na", "n/a", "#n/a", "<na>"}
 
@@ -80,7 +80,7 @@ def arguments():
     args = parser.parse_args()
     if args.side < 8 or args.workers < 0:
         fail("expected --side of at least 8 pixels and --workers of at least 0")
-    if min(args.split) < 0 or abs(sum(args.split) - 1) > 1e-6:
+    if not (min(args.split) >= 0 and abs(sum(args.split) - 1) <= 1e-6):
         fail(f"--split {' '.join(map(str, args.split))}: three shares that sum to 1, such as 0.7 0.15 0.15")
     for name in ("classes", "mask_classes", "label_column"):
         if getattr(args, name):
@@ -95,7 +95,7 @@ def arguments():
 @dataclass
 class Index:
     """What a source holds, a list entry an image. items: what read_pixels reads; names: paths below the root; labels:
-    class names (N), or 0/1 (N, L), or None; splits: train, val, test, or "" to be carved; groups (N) or None; masks: of
+    class names (N), or 0/1 (N, L), or None; splits: train, val, test, or "" for no split; groups (N) or None; masks: of
     each image [(class or None, file), ...], or None; annotators: {name: like masks, [] outside test}; stream: an .npz
     to be read in its order."""
     items: list
@@ -140,13 +140,19 @@ def read_table(file, needed=()):
     except UnicodeDecodeError:
         text = raw.decode("cp1252", errors="replace")
         say(f"note: {file} is not UTF-8; read as cp1252, the code page of Western Windows")
-    first = text.split("\n", 1)[0]
+    first = re.sub('"[^"]*"', "", text.split("\n", 1)[0])
     separator = max(",;\t", key=first.count)
     rows = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text, newline=""), delimiter=separator)]
     rows = [row for row in rows if any(row)]
     if len(rows) < 2:
         fail(f"{file}: no rows below its head")
     head = rows[0]
+    twice = [name for name, count in Counter(head).items() if name and count > 1]
+    if twice:
+        fail(f"{file}: the column {twice[0]!r} stands twice; rename one")
+    long = [i for i, row in enumerate(rows) if any(row[len(head):])]
+    if long:
+        fail(f"{file}: row {long[0]} ({', '.join(rows[long[0]])}) has more cells than the head, {some(head, 30)}")
     for name in needed:
         if name not in head:
             fail(f"{file}: no column {name!r}; separated by {separator!r} it has {some(map(repr, head), 30)}")
@@ -269,10 +275,12 @@ def index_csv(root, args):
         index.groups = table[args.group_column]
     if args.split_column:
         wrong = [f"{value!r} of {name}" for name, value in zip(listed, table[args.split_column])
-                 if value.lower() not in SPLIT_NAMES]
+                 if value and value.lower() not in SPLIT_NAMES]
         if wrong:
             fail(f"{file}: {len(wrong)} splits are none of train, val, test: {some(wrong)}")
-        index.splits = [SPLIT_NAMES[value.lower()] for value in table[args.split_column]]
+        index.splits = [SPLIT_NAMES.get(value.lower(), "") for value in table[args.split_column]]
+        if "" in index.splits:
+            say(f"note: {index.splits.count('')} images have a blank split: no stage sees them")
     return merge_repeated(file, drop_missing(index, args))
 
 
@@ -299,21 +307,25 @@ def merge_repeated(file, index):
 
     def facts(i):
         label = "" if index.labels is None else str(index.labels[i])
-        return f"{label} {index.splits[i] if index.splits else ''}".strip()
+        return " ".join([label] + [column[i] for column in (index.splits, index.groups) if column]).strip()
     torn = [f"{index.names[at[0]]} ({' and '.join(sorted({facts(i) for i in at}))})" for at in repeated
             if len({facts(i) for i in at}) > 1]
     if torn:
-        fail(f"{file}: {len(torn)} images are listed twice with other labels or splits: {some(torn, 20)}")
+        fail(f"{file}: {len(torn)} images are listed twice with other labels, splits or groups: {some(torn, 20)}")
+    if index.masks:  # a row a lesion: their masks are united
+        for at in repeated:
+            found = [mask for i in at for mask in index.masks[i] or []]
+            index.masks[at[0]] = list(dict.fromkeys(found)) or None
     say(f"note: {len(repeated)} images are listed more than once in {file}, with the same label; each counts once: "
         f"{some(index.names[at[0]] for at in repeated)}")
     return index.take([at[0] for at in places.values()])
 
 
 def mask_place(name):
-    """Where in the path of a file a folder of masks stands, 0 or, below train/, val/, test/, 1; None where none does."""
-    parts = name.split("/")[:-1]
-    first = 1 if parts and parts[0].lower() in SPLIT_NAMES else 0
-    return first if len(parts) > first and parts[first] in MASK_FOLDERS else None
+    """Where in the path of a file a folder of masks stands, at the root, below train/ or in a class; None where none
+    does."""
+    folders = name.split("/")[:-1]
+    return next((at for at, folder in enumerate(folders) if folder.lower() in MASK_FOLDERS), None)
 
 
 def pair_masks(root, names, files, args):
@@ -322,13 +334,13 @@ def pair_masks(root, names, files, args):
     no masks; images without one are named."""
     keys, found, orphans, taken = {}, defaultdict(list), [], set(names)
     for name in names:
-        key = os.path.splitext("/".join(part for part in name.split("/") if part not in IMAGE_FOLDERS))[0]
+        key = os.path.splitext("/".join(part for part in name.split("/") if part.lower() not in IMAGE_FOLDERS))[0]
         if key in keys:
             keys[key] = None  # two suffixes
         keys.setdefault(key, name)
     for file in files:
         at = mask_place(file)
-        if at is None:
+        if at is None or file in taken:
             continue
         parts = file.split("/")
         key = os.path.splitext("/".join(parts[:at] + parts[at + 1:]))[0]
@@ -359,13 +371,13 @@ def index_files(root, args):
     files, others = files_under(root)
     tell_unused(root, others)
     images, beside = masks_beside([name for name in files if mask_place(name) is None])
-    has_splits = any(name.split("/")[0].lower() in SPLIT_NAMES for name in images if "/" in name)
+    has_splits = any(split_of(name) for name in images)
     splits, labels = [], []
     for name in images:
         folders = name.split("/")[:-1]
-        splits.append(SPLIT_NAMES.get(folders[0].lower(), "") if has_splits and folders else "")
-        folders = folders[1:] if splits[-1] else folders
-        labels.append(folders[0] if folders and folders[0] not in IMAGE_FOLDERS and args.layout != "flat" else None)
+        splits.append(split_of(name))
+        folders = folders[1:] if splits[-1] and folders[0].lower() in SPLIT_NAMES else folders
+        labels.append(folders[0] if folders and folders[0].lower() not in IMAGE_FOLDERS and args.layout != "flat" else None)
     if has_splits:
         stray = [name for name, split in zip(images, splits) if not split]
         if stray or "train" not in splits:
@@ -387,6 +399,13 @@ def index_files(root, args):
         found = [[(None, str(root / mask)) for mask in beside.get(name, [])] for name in images]
         index.masks = require_masks(images, found, args)
     return index
+
+
+def split_of(name):
+    """The split of a path below train/ or images/train/ and their like, "" of another one."""
+    folders = name.lower().split("/")[:-1]
+    folders = folders[1:] if folders and folders[0] in IMAGE_FOLDERS else folders
+    return SPLIT_NAMES.get(folders[0], "") if folders else ""
 
 
 def masks_beside(images):
@@ -441,6 +460,8 @@ def index_npz(file, args):
         fail(f"{file}: {len(names)} images for {len(labels)} labels")
     index = Index(names, names, splits=[name.split("/")[0] for name in names], stream=Path(file))
     if labels.shape[1] == 1:
+        if (labels != labels.astype(np.int64)).any():
+            fail(f"{file}: labels must be whole numbers, one a class")
         index.labels = [str(int(value)) for value in labels[:, 0]]
     else:
         if not np.isin(labels, (0, 1)).all():
@@ -454,7 +475,9 @@ def npy_shape(file, key):
     """(shape, dtype) of an array in an .npz, from its head."""
     with zipfile.ZipFile(file) as archive, archive.open(f"{key}.npy") as member:
         np.lib.format.read_magic(member)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+        shape, columns_first, dtype = np.lib.format.read_array_header_1_0(member)
+        if columns_first and len(shape) > 1:
+            fail(f"{file}: {key} is stored in Fortran order; save it as np.ascontiguousarray({key})")
         return shape, dtype
 
 
@@ -1118,14 +1141,15 @@ def read_bright(file):
     where the colour says nothing. Returns (mask (H, W) uint8, note)."""
     with Image.open(file) as image:
         noisy = image.format == "JPEG"
+        pages = getattr(image, "n_frames", 1)
         image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":
             values = np.asarray(image, dtype=np.float64)
         elif "A" in image.getbands() or "transparency" in image.info:
             colour = np.asarray(image.convert("RGBA"))
-            flat = (colour[..., :3] == colour[:1, :1, :3]).all()
+            drawn = (colour[..., 3] != colour[0, 0, 3]).any() and (colour[..., :3] == colour[:1, :1, :3]).all()
             on_black = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image.convert("RGBA"))
-            values = colour[..., 3] if flat else np.asarray(on_black.convert("L"))
+            values = colour[..., 3] if drawn else np.asarray(on_black.convert("L"))
         else:
             values = np.asarray(image.convert("RGB").convert("L"))
     top = values.max()
@@ -1134,7 +1158,9 @@ def read_bright(file):
         raise ValueError(f"values {some(np.unique(values))} in the mask {file}: more than two classes; name them all with "
                          "--mask-classes")
     mask = values > (127 if noisy else top / 2)
-    return mask.astype(np.uint8), "mask of more than two values, cut at half its brightness" if levels > 2 else ""
+    notes = ["mask of more than two values, cut at half its brightness"] * (levels > 2)
+    notes += [f"mask of {pages} pages, the first is used"] * (pages > 1)
+    return mask.astype(np.uint8), "; ".join(notes)
 
 
 def read_indices(file, classes, ignore):
@@ -1437,6 +1463,9 @@ def build(folder, args, root):
     index = LAYOUTS[args.layout](root, args)
     if not index.items:
         fail(f"{root}: no images in it; found {some(sorted(os.listdir(root)), 12) if root.is_dir() else 'nothing'}")
+    odd = [name for name in index.names if name.encode("utf-8", "replace").decode() != name]
+    if odd:
+        fail(f"{len(odd)} names of files are not UTF-8, such as {ascii(odd[0])}; rename them")
     index = settle_groups(settle_labels(index, args), args)
     if index.masks:
         index.mask_classes = index.mask_classes or args.mask_classes or ["background", "lesion"]
@@ -1510,15 +1539,29 @@ def compared(args):
     return {name: value for name, value in vars(args).items() if name not in ("output", "overwrite", "workers")}
 
 
+def check_output(folder, args):
+    """Refuse an --output whose replacement would take SOURCE with it, or whose pictures would be taken for images."""
+    place, source = folder.resolve(), Path(args.source)
+    if folder.name in ("", ".."):
+        fail(f"--output {folder}: expected a folder of its own, such as data/NAME")
+    if args.layout != "demo" and (place == source or place in source.parents):
+        fail(f"--output {folder} is SOURCE, or the folder around it; give another, such as data/NAME")
+    if args.layout in ("folder", "flat") and source in place.parents:
+        fail(f"--output {folder} lies in SOURCE, where its pictures would be taken for images; give a folder beside it")
+
+
 def already_there(folder, args):
     """Whether the folder holds what this command makes; another one's is an error unless --overwrite."""
-    if not folder.exists() or args.overwrite:
+    if not folder.exists():
+        return False
+    if args.overwrite and (folder / "dataset.json").is_file():
         return False
     try:
         old = json.loads((folder / "dataset.json").read_text())
         arguments = old["arguments"]
     except (OSError, ValueError, KeyError):
-        fail(f"--output {folder} is there already and no folder that prepare.py made; give another, or --overwrite")
+        fail(f"--output {folder} is there already and no folder that prepare.py made, which --overwrite does not replace either; "
+             "give another")
     here = compared(args)
     differ = [f"{k} {arguments.get(k)!r} there, {here[k]!r} here" for k in here if arguments.get(k) != here[k]]
     if differ:
@@ -1531,9 +1574,10 @@ def main():
     """Build into NAME.partial, rename it when it is whole."""
     args = arguments()
     folder = Path(args.output)
-    partial = folder.with_name(folder.name + ".partial")
     args.layout, root = recognise(args.source, args)
     args.source = "demo" if args.layout == "demo" else str(Path(args.source).resolve())
+    check_output(folder, args)
+    partial = folder.with_name(folder.name + ".partial")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(folder.with_name(f".{folder.name}.lock")):  # a second one waits, then finds it built

@@ -2,7 +2,6 @@
 each."""
 import csv
 import json
-import os
 import random
 import sys
 from pathlib import Path
@@ -30,11 +29,22 @@ CBIS = ["patient_id", "breast_density", "left or right breast", "image view", "a
 
 def index_of(name, root, *flags):
     """What prepare.py understands of a folder: the Index of a layout."""
-    argv, sys.argv = sys.argv, ["prepare.py", str(root), "--output", "x", "--layout", name, *flags]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["prepare.py", str(root), "--output", "x", "--layout", name, *flags])
         return script.LAYOUTS[name](Path(root), script.arguments())
-    finally:
-        sys.argv = argv
+
+
+def prepared(source, folder, *flags):
+    """The dataset that prepare.py makes of a folder, in this process: a start saved."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["prepare.py", str(source), "--output", str(folder), "--workers", "0", *flags])
+        script.main()
+    return common.open_dataset(folder)
+
+
+def without_split(folder):
+    """The names of the images of a prepared folder that no stage sees."""
+    return {Path(row["image"]).name for row in table(folder / "labels.csv") if row["split"] == ""}
 
 
 def of_split(index, split):
@@ -43,9 +53,12 @@ def of_split(index, split):
 
 
 def draw(path, label=0, mode="RGB", size=(40, 44)):
-    """An image file of noise around a level that tells its label."""
+    """An image file of noise around a level that tells its label; in blocks, which are quick to write as PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = RNG.normal(60 + 25 * label, 12, (*size, 4 if mode == "RGBA" else 3)).clip(1, 250)
+    height, width = size
+    channels = 4 if mode == "RGBA" else 3
+    blocks = RNG.normal(60 + 25 * label, 12, (height // 10 + 1, width // 10 + 1, channels)).clip(1, 250)
+    pixels = blocks.repeat(10, 0).repeat(10, 1)[:height, :width]
     if mode == "I;16":
         Image.fromarray((pixels[..., 0] * 200).astype(np.uint16)).save(path)
     elif mode == "L":
@@ -209,9 +222,12 @@ def test_each_is_recognised_described_and_goes_through(name, tmp_path):
         assert min(sheet.size) > 150
     args = ["--data", f"data/{name}", *TINY]
     if name in ("isic2018", "csaws"):
-        for stage_name in ("finetune.py", "knn_eval.py"):
-            refused(stage(stage_name, *args, "--arch", "test_vit", cwd=tmp_path, check=False), "no labels", "segment.py")
-        stage("segment.py", *args, "--arch", "test_vit", "--epochs", "1", "--batch-size", "2", "--output", "run", cwd=tmp_path)
+        for other in ("finetune.py", "knn_eval.py"):
+            done = stage(other, *args, "--arch", "test_vit", "--output", "no", cwd=tmp_path, check=False)
+            refused(done, "no labels", "segment.py")
+            assert not (tmp_path / "no").exists()
+        stage("segment.py", *args, "--arch", "test_vit", "--epochs", "1", "--batch-size", "2", "--output", "run",
+              cwd=tmp_path)
         assert metrics(tmp_path / "run")["metric"] == "iou" and metrics(tmp_path / "run")["dataset"] == name
         return
     done = stage("finetune.py", *args, "--arch", "test_vit", "--epochs", "1", "--batch-size", "8", "--output", "run",
@@ -246,7 +262,7 @@ def test_aptos2019(tmp_path):
     assert channels == [3, 1, 3]  # RGBA, grey, RGB
 
 
-def test_listed_but_missing_and_present_but_not_listed(tmp_path):
+def test_listed_but_missing_and_present_but_not_listed(tmp_path, capsys):
     root = tmp_path / "source"
     aptos2019(root)
     for i in (4, 7):
@@ -254,7 +270,8 @@ def test_listed_but_missing_and_present_but_not_listed(tmp_path):
     draw(root / "train_images" / "not_listed.png")
     refused(prepare("source", "data", cwd=tmp_path, check=False), "2 of 40 listed images", f"{4:012x}.png",
             f"{7:012x}.png", "train.csv", "--skip-broken")
-    text = prepare("source", "data", "--skip-broken", cwd=tmp_path).stdout
+    prepared(root, tmp_path / "data", "--skip-broken")
+    text = capsys.readouterr().out
     rows = table(tmp_path / "data" / "labels.csv")
     assert len(rows) == 38 and "left out: 2 of 40" in text
     assert "1 images are not listed" in text and "not_listed.png" in text
@@ -272,10 +289,11 @@ def test_a_wrong_folder_says_what_it_looked_for_and_found(name, word, tmp_path, 
     fails(capsys, name, tmp_path / "data", word, "holiday", str(tmp_path / "data"))
 
 
-def fails(capsys, name, root, *words, flags=()):
+def fails(capsys, name, root, *words):
     """The layout refuses the folder, and its one line holds the words."""
+    capsys.readouterr()  # what was said before
     with pytest.raises(SystemExit) as stopped:
-        index_of(name, root, *flags)
+        index_of(name, root)
     message = capsys.readouterr().err
     assert stopped.value.code == 2 and message.count("\n") == 1
     for word in words:
@@ -304,25 +322,36 @@ def test_unknown_labels_are_all_named(tmp_path, capsys):
     fails(capsys, "chexpert", tmp_path / "d", "1 labels", "of train/patient")
 
 
-def test_ddsm_lists_labels_and_torn_patients(tmp_path):
+def test_ddsm_lists_labels_and_torn_patients(tmp_path, capsys):
     root = tmp_path / "source"
     ddsm(root)
     index = index_of("ddsm", root)
     assert [len(of_split(index, name)) for name in ("train", "val", "test")] == [48, 24, 24]
     assert index.labels == ["normal" if "normal_" in path else "abnormal" for path in index.items]
     assert index.groups[:3] == ["A_3000", "A_3000", "A_3100"]
-    assert "WARNING" not in prepare("source", "clean", cwd=tmp_path).stdout
-    twin = "cancer_02-A_3212_1.LEFT_MLO.LJPEG.1.png"  # A_3212 is in test
-    draw(root / "ddsm_raw" / twin, 2, "I;16")
-    with open(root / "ddsm_raw_image_lists" / "train.txt", "a") as out:
-        out.write(twin + "\n")
-    assert "1 groups (patients) stand in more than one split: A_3212" in prepare("source", "warn", cwd=tmp_path).stdout
-    kept = common.open_dataset(tmp_path / "warn")
-    assert kept.counts["train"] == 49
+    prepared(root, tmp_path / "clean")
+    assert "WARNING" not in capsys.readouterr().out
+
+    torn = [("train", "cancer_02-A_3212_1.LEFT_MLO.LJPEG.1.png"),  # a patient of test
+            ("val", "normal_05-B_3013_1.LEFT_MLO.LJPEG.1.png"),  # of test
+            ("train", "normal_01-C_3010_1.LEFT_MLO.LJPEG.1.png")]  # of val
+    for part, name in torn:
+        draw(root / "ddsm_raw" / name, 2, "I;16")
+        with open(root / "ddsm_raw_image_lists" / f"{part}.txt", "a") as out:
+            out.write(name + "\n")
+    kept = prepared(root, tmp_path / "warn")
+    text = capsys.readouterr().out
+    assert "WARNING: 3 groups (patients) stand in more than one split: " in text
+    for patient in ("A_3212 (test, train)", "B_3013 (test, val)", "C_3010 (train, val)"):
+        assert patient in text
+    assert kept.counts == {"train": 50, "val": 25, "test": 24} and not without_split(tmp_path / "warn")
     assert kept.images.shape[1:] == (40, 40, 1) and np.ptp(kept.images[0]) > 120  # 16 bits, not clipped
-    prepare("source", "drop", "--leakage", "drop", cwd=tmp_path)
-    assert common.open_dataset(tmp_path / "drop").counts == {"train": 48, "val": 24, "test": 24}
+
+    dropped = prepared(root, tmp_path / "drop", "--leakage", "drop")
+    assert dropped.counts == {"train": 48, "val": 24, "test": 24}
+    assert without_split(tmp_path / "drop") == {name for _, name in torn}
     refused(prepare("source", "error", "--leakage", "error", cwd=tmp_path, check=False), "A_3212", "--leakage drop")
+    assert not list(tmp_path.glob("error*"))
 
 
 @pytest.mark.parametrize("layout", ["tcia", "kaggle", "flat"])
@@ -335,11 +364,12 @@ def test_cbis_ddsm(layout, tmp_path, capsys):
             series = f"1.3.6.1.4.1.9590.100.1.2.{patient:02d}{len(kind + part)}{kind[0]}"
             pathology = ("BENIGN", "MALIGNANT", "BENIGN_WITHOUT_CALLBACK")[patient % 3]
             path = f"{case}/1.3.6.1.4.1.9590.100.1.1.{patient}/{series}/000000.dcm"
-            # a second lesion repeats the image, always malignant here
+            # odd patients have a second lesion, which repeats the image; the first or the last of them is malignant
             for lesion in range(1, 2 + patient % 2):
+                malignant = patient % 2 and lesion == (1 if patient % 4 == 1 else 2)
                 rows.setdefault((kind, part), []).append(
                     [f"P_{patient:05d}", 3, "LEFT", "CC", lesion, kind, "OVAL", "ILL_DEFINED", 4,
-                     "MALIGNANT" if lesion == 2 else pathology, 4, path, f"{case}_1/a/b/000000.dcm",
+                     "MALIGNANT" if malignant else pathology, 4, path, f"{case}_1/a/b/000000.dcm",
                      f"{case}_1/a/b/000001.dcm\n"])
             place = {"tcia": root / path.replace(".dcm", ".png"),
                      "kaggle": root / "jpeg" / series / "1-263.jpg",
@@ -349,16 +379,21 @@ def test_cbis_ddsm(layout, tmp_path, capsys):
         head = [c.replace("breast_density", "breast density") if kind == "calc" else c for c in CBIS]
         write(root / ("csv" if layout == "kaggle" else ".") / f"{kind}_case_description_{part}_set.csv", head,
               lines)
-    text = prepare("data", "x/cbis", cwd=tmp_path).stdout
-    assert "1 groups (patients) stand in more than one split: P_00003" in text
-    dataset = common.open_dataset(tmp_path / "x" / "cbis")
+    dataset = prepared(root, tmp_path / "warn")
+    assert "1 groups (patients) stand in more than one split: P_00003" in capsys.readouterr().out
     assert dataset.classes == ["benign", "malignant"] and dataset.metric == "roc_auc"
     assert dataset.counts["test"] == 6 and dataset.counts["train"] + dataset.counts["val"] == 16
     for label, group in zip(dataset.labels, dataset.groups):
         patient = int(group[2:7])
         assert label == (patient % 3 == 1 or patient % 2 == 1)
-    prepare("data", "y", "--leakage", "drop", cwd=tmp_path)
-    assert common.open_dataset(tmp_path / "y").counts["test"] == 6
+    if layout != "flat":  # what follows is of the tables alone
+        return
+    assert prepared(root, tmp_path / "drop", "--leakage", "drop").counts["test"] == 6
+    for before, after in zip(table(tmp_path / "warn" / "labels.csv"), table(tmp_path / "drop" / "labels.csv")):
+        gone = before["group"] == "P_00003" and before["split"] != "test"
+        assert after["split"] == ("" if gone else before["split"])
+    assert len(without_split(tmp_path / "drop")) == 1
+    refused(prepare("data", "error", "--leakage", "error", cwd=tmp_path, check=False), "P_00003", "--leakage drop")
     for file in root.rglob("*_train_set.csv"):
         file.unlink()
     fails(capsys, "ddsm", root, "train_set.csv", "found")
@@ -382,6 +417,10 @@ def test_isic2019_by_image_and_by_lesion(tmp_path):
     for group, part in zip(by_lesion.groups, by_lesion.splits):
         assert owners.setdefault(group, part) == part
     assert len(by_lesion.items) == 60 and 12 <= 60 - len(of_split(by_lesion, "train")) <= 14
+    prepare("data", "lesions", "--layout", "isic2019", "--group-column", "lesion_id", cwd=tmp_path)
+    rows = table(tmp_path / "lesions" / "labels.csv")
+    assert [number(row["image"]) for row in rows] == [number(path) for path in by_lesion.items]
+    assert [row["split"] for row in rows] == by_lesion.splits and [row["group"] for row in rows] == by_lesion.groups
     (root / "ISIC_2019_Training_Input").rename(root / "train")  # the authors' folder
     assert index_of("isic2019", root).items[0].startswith(str(root / "train"))
 
@@ -402,28 +441,34 @@ def test_chexpert_rules(prefix, tmp_path):
     owners = {}
     for group, part in zip(index.groups, index.splits):
         assert owners.setdefault(group, part) == part
-    assert int(0.2 * len(rows)) <= counts[0] + counts[1] < int(0.2 * len(rows)) + 3  # up to the end of a patient
-    # the folder above works too
-    frontal = index_of("chexpert", tmp_path, "--view", "frontal")
+    held = int(0.2 * len(rows))
+    assert held <= counts[0] + counts[1] < held + 3  # up to the end of a patient
+    assert held // 2 <= counts[0] < held // 2 + 3
+    frontal = index_of("chexpert", tmp_path, "--view", "frontal")  # the folder above works too
     wanted = [(path, split) for path, split in zip(index.items, index.splits) if path.endswith("frontal.jpg")]
     assert list(zip(frontal.items, frontal.splits)) == wanted
-    for path in index.items:
-        if "lateral" in path:
-            os.unlink(path)
-    text = prepare(tmp_path, tmp_path / "out", "--view", "frontal", cwd=tmp_path).stdout
-    loaded = common.open_dataset(tmp_path / "out")
-    assert sum(loaded.counts.values()) == sum(row["Frontal/Lateral"] == "Frontal" for row in rows)
-    assert "left out, lateral" in text
+
+
+def test_chexpert_frontal_without_the_lateral_files(tmp_path, capsys):
+    root = tmp_path / "source" / "CheXpert-v1.0"
+    chexpert(root, patients=8)
+    for path in root.rglob("*lateral.jpg"):
+        path.unlink()
+    loaded = prepared(tmp_path / "source", tmp_path / "out", "--view", "frontal")
+    text = capsys.readouterr().out
+    assert "is understood as: chexpert" in text and "left out, lateral" in text
+    frontal = {row["Path"].split("/", 1)[1] for row in table(root / "train.csv") if row["Frontal/Lateral"] == "Frontal"}
+    assert set(loaded.paths) == frontal and sum(loaded.counts.values()) == len(frontal)
 
 
 @pytest.mark.parametrize("chunks", [None, 4])
 def test_camelyon_holds_the_very_pixels(chunks, tmp_path):
     root = tmp_path / "source"
     camelyon(root, chunks)
-    for workers in ("0", "2"):
-        prepare("source", f"data{workers}", "--workers", workers, cwd=tmp_path)
-    dataset = common.open_dataset(tmp_path / "data0")
+    dataset = prepared(root, tmp_path / "data0")
+    prepare("source", "data2", "--layout", "camelyon", "--workers", "2", cwd=tmp_path)
     assert dataset.counts == {"train": 24, "val": 8, "test": 9} and dataset.leakage["test_in_train"] == 1
+    assert dataset.side == 96 and dataset.images.shape == (41, 96, 96, 3)
     for part, name in (("train", "train"), ("val", "valid"), ("test", "test")):
         with h5py.File(root / f"camelyonpatch_level_2_split_{name}_x.h5") as file:
             pixels, rows = file["x"][:], dataset.rows[part]
@@ -434,16 +479,32 @@ def test_camelyon_holds_the_very_pixels(chunks, tmp_path):
     assert same[0] == same[1]
     loaded = [batch.numpy() for batch in common.load_batches(dataset.images, [np.arange(24)] * 3, torch.device("cpu"))]
     assert all((one == loaded[0]).all() for one in loaded)
-    prepare("source", "drop", "--leakage", "drop", cwd=tmp_path)
-    assert common.open_dataset(tmp_path / "drop").counts == {"train": 23, "val": 8, "test": 9}
 
 
-def test_camelyon_without_h5py_or_with_a_file_missing(tmp_path, capsys):
-    camelyon(tmp_path / "data")
-    (tmp_path / "without" / "h5py").mkdir(parents=True)
-    (tmp_path / "without" / "h5py" / "__init__.py").write_text("raise ImportError('none here')")
-    refused(prepare("data", "x", cwd=tmp_path, check=False, env={"PYTHONPATH": str(tmp_path / "without")}),
-            "h5py", "pip install h5py")
+def test_camelyon_without_the_patch_that_is_in_test_too(tmp_path):
+    camelyon(tmp_path / "source")
+    dropped = prepared(tmp_path / "source", tmp_path / "data", "--leakage", "drop")
+    assert dropped.counts == {"train": 23, "val": 8, "test": 9}
+    assert without_split(tmp_path / "data") == {"camelyonpatch_level_2_split_train_x.h5:0"}
+
+
+def test_camelyon_without_h5py_or_with_a_file_damaged_or_missing(tmp_path, capsys):
+    camelyon(tmp_path / "data", 4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "h5py", None)  # its import fails from here on
+        fails(capsys, "camelyon", tmp_path / "data", "h5py", "pip install h5py")
+    pixels = tmp_path / "data" / "camelyonpatch_level_2_split_valid_x.h5"
+    whole = pixels.read_bytes()
+    with h5py.File(pixels) as content:
+        chunk = content["x"].id.get_chunk_info(1)
+    start = chunk.byte_offset + 50
+    pixels.write_bytes(whole[:start] + bytes(1000) + whole[start + 1000:])
+    refused(prepare("data", "x", cwd=tmp_path, check=False), "4 of 41 images", f"{pixels.name}:4", f"{pixels.name}:7",
+            "--skip-broken")
+    pixels.write_bytes(whole[:len(whole) // 2])  # a download that ended early
+    refused(prepare("data", "x", cwd=tmp_path, check=False), pixels.name, "truncated")
+    assert not list(tmp_path.glob("x*"))
+    pixels.write_bytes(whole)
     file = tmp_path / "data" / "camelyonpatch_level_2_split_test_y.h5"
     file.write_bytes(b"not HDF5")
     fails(capsys, "camelyon", tmp_path / "data", "test_y.h5", "no HDF5 file")
@@ -459,8 +520,7 @@ def test_camelyon_as_files(suffix, parts, tmp_path):
         write(root / f"{part}_labels.csv", ["id", "label"], rows)
         for name, label in rows:
             draw(root / part / f"{name}{suffix}", label, size=(96, 96))
-    prepare("source", "data", cwd=tmp_path)
-    dataset = common.open_dataset(tmp_path / "data")
+    dataset = prepared(root, tmp_path / "data")
     assert dataset.counts == ({"train": 14, "val": 3, "test": 3} if len(parts) == 1 else
                               {"train": 20, "val": 20, "test": 20})
     assert dataset.labels.tolist() == [int(path[-5], 16) % 2 for path in dataset.paths]
@@ -477,6 +537,13 @@ def test_isic2018_pairs_and_official_test(tmp_path, capsys):
     official = index_of("isic2018", root)
     assert of_split(official, "val") == of_split(index, "val") and len(of_split(official, "train")) == 27
     assert [number(official.masks[i][0][1]) for i in of_split(official, "test")] == [100, 101, 102, 103, 104]
+    dataset = prepared(root, tmp_path / "out", "--fit", "crop")  # 40 x 40 of 40 x 44 pixels, none of them resampled
+    assert dataset.counts == {"train": 27, "val": 3, "test": 5} and dataset.mask_classes == ["background", "lesion"]
+    for row, path in enumerate(dataset.paths):
+        images, name = path.split("/")
+        folder = images.replace("1-2", "1").replace("Input", "GroundTruth")
+        drawn = np.asarray(Image.open(root / folder / name.replace(".jpg", "_segmentation.png")))
+        assert (dataset.masks[row] == (drawn[:, 2:42] > 0)).all()
     (root / "ISIC2018_Task1_Training_GroundTruth" / "ISIC_0000004_segmentation.png").unlink()
     fails(capsys, "isic2018", root, "1 of 30", "ISIC_0000004_segmentation.png")
 
@@ -486,6 +553,16 @@ def merged(item, size=(40, 44)):
     mask = np.zeros(size, int)
     for index, path in item:
         mask[np.asarray(Image.open(path)) > 0] = index
+    return mask
+
+
+def of_the_owners(folder, stem, tissues, size=(40, 44)):
+    """The mask of a scan from the maps in a folder: of each pixel the first of the tissues that has it."""
+    mask = np.zeros(size, int)
+    for value, name in enumerate(tissues, 1):
+        file = folder / stem.split("_")[0] / f"{stem}_{name}.png"
+        if file.is_file():
+            mask[(np.asarray(Image.open(file)) > 0) & (mask == 0)] = value
     return mask
 
 
@@ -514,14 +591,8 @@ def test_csaws_masks_patients_and_annotators(tmp_path, capsys):
     test = of_split(index, "test")
     areas = [(merged(index.annotators[f"annotator_{k}"][test[0]]) > 0).sum() for k in (1, 2, 3)]
     assert areas[0] < areas[1] < areas[2] and index.masks[test[0]] == index.annotators["annotator_1"][test[0]]
-    prepare("CsawS", "data", cwd=tmp_path)
-    dataset = common.open_dataset(tmp_path / "data")
-    for k in (1, 2, 3):
-        masks = np.load(tmp_path / "data" / f"masks-annotator_{k}.npy")
-        rows = dataset.rows["test"]
-        assert masks.shape == dataset.masks.shape and not masks[dataset.rows["train"]].any()
-        assert (masks[rows] > 0).sum((1, 2)).min() > 0
-        assert k > 1 or (masks[rows] == dataset.masks[rows]).all()
+    refused(prepare("CsawS", "no", "--layout", "camelyon", cwd=tmp_path, check=False), "train_labels.csv",
+            "anonymized_dataset")
     for path in (root / "test_data" / "annotator_2" / "501").glob("501_1_*"):
         path.unlink()
     fails(capsys, "csaws", root, "annotator_2", "1 of 3", "501_1")
@@ -530,10 +601,34 @@ def test_csaws_masks_patients_and_annotators(tmp_path, capsys):
     fails(capsys, "csaws", root, "anonymized_dataset", "no scan")
 
 
+@pytest.mark.parametrize("flags, tissues", [([], ["cancer"]), (["--tissue"], TISSUES)])
+def test_csaws_masks_hold_the_owners_pixels(flags, tissues, tmp_path):
+    """masks.npy and masks-annotator_k.npy by value; without resampling, so that they must be equal."""
+    root = tmp_path / "CsawS"
+    csaws(root)
+    dataset = prepared(root, tmp_path / "data", "--fit", "crop", *flags)
+    assert dataset.counts == {"train": 4, "val": 2, "test": 3}
+    experts = {k: np.load(tmp_path / "data" / f"masks-annotator_{k}.npy") for k in (1, 2, 3)}
+    for row, path in enumerate(dataset.paths):
+        stem = Path(path).stem.removesuffix("_8bit")
+        test = path.startswith("test_data/")
+        assert (row in dataset.rows["test"]) == test
+        for k, masks in experts.items():
+            folder = root / "test_data" / f"annotator_{k}"
+            expected = of_the_owners(folder, stem, tissues)[:, 2:42] if test else np.zeros((40, 40))
+            assert masks.shape == dataset.masks.shape and (masks[row] == expected).all()
+        folder = root / ("test_data/annotator_1" if test else "anonymized_dataset")
+        expected = of_the_owners(folder, stem, tissues)[:, 2:42]
+        assert (dataset.masks[row] == expected).all()
+        assert set(np.unique(expected)) >= {0, 1} or stem == "002_0"  # which has no cancer
+
+
 def test_the_split_of_a_published_dataset_can_be_sent(tmp_path):
     """labels.csv of the prepared folder gives the same split, elsewhere, by the layout of a table."""
     aptos2019(tmp_path / "source")
-    prepare("source", "data", cwd=tmp_path)
+    refused(prepare("source", "data", "--layout", "isic2019", cwd=tmp_path, check=False), "source", "GroundTruth.csv")
+    assert not list(tmp_path.glob("data*"))
+    prepare("source", "data", "--layout", "aptos2019", cwd=tmp_path)
     first = table(tmp_path / "data" / "labels.csv")
     (tmp_path / "source").rename(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "train.csv").unlink()

@@ -5,18 +5,22 @@ import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 from PIL import Image
 
 import common
 import prepare as script
 from conftest import ROOT, TINY, metrics, prepare, refused, stage, table
+from test_prepare_files import write_dicom
 
 
 def draw(path, seed=0, size=(24, 24)):
@@ -181,6 +185,150 @@ def test_one_class_is_said_and_refused_by_classifiers(tmp_path):
         refused(stage(name, "--data", "data", "--arch", "test_vit", *TINY, cwd=tmp_path, check=False), "one class, yes")
 
 
+def test_tables_that_mean_two_things_are_refused(small):
+    """A head that stands twice, a row longer than the head, an image with two patients; not a separator in a head."""
+    file = small / "source" / "labels.csv"
+    text = file.read_text()
+    file.write_text(text.replace("group,split", "label,split", 1))
+    refused(prepare("source", "x", cwd=small, check=False), "'label' stands twice")
+    file.write_text(text.replace("3.png,b,p1,train", "3.png,b, or so,p1,train"))
+    refused(prepare("source", "x", cwd=small, check=False), "3.png", "more cells than the head")
+    file.write_text(text.replace("3.png,b,p1,train", "3.png,b,p1,train,,"))  # blank ones are Excel's
+    prepare("source", "blank", cwd=small)
+    file.write_text(text + "3.png,b,p7,train\n")
+    refused(prepare("source", "x", "--group-column", "group", cwd=small, check=False), "3.png", "p1", "p7")
+    file.write_text(text.replace(",", ";").replace("group;split", '"group, or patient";split', 1))
+    prepare("source", "quoted", cwd=small)
+    assert labels_of(small / "quoted") == labels_of(small / "blank")
+
+
+def test_npz_labels_and_order(tmp_path):
+    """A vector of labels will do; halves of a class are refused; what numpy stores by columns is never read by rows."""
+    images = np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8)
+    labels = np.arange(20) % 2
+    np.savez(tmp_path / "plain.npz", train_images=images, train_labels=labels)
+    prepare("plain.npz", "plain", "--classes", "benign,malignant", cwd=tmp_path)
+    rows = table(tmp_path / "plain" / "labels.csv")
+    assert [row["label"] for row in rows] == ["benign", "malignant"] * 10
+    assert splits_of(tmp_path / "plain") == {"train": 14, "val": 3, "test": 3}
+    assert (np.load(tmp_path / "plain" / "images.npy")[..., 0] == images).all()
+    np.savez(tmp_path / "half.npz", train_images=images, train_labels=labels + 0.5)
+    refused(prepare("half.npz", "x", cwd=tmp_path, check=False), "half.npz", "whole numbers")
+    np.savez(tmp_path / "columns.npz", train_images=np.asfortranarray(images), train_labels=labels)
+    done = prepare("columns.npz", "columns", cwd=tmp_path, check=False)
+    if done.returncode == 0:
+        assert (np.load(tmp_path / "columns" / "images.npy")[..., 0] == images).all()
+    else:
+        refused(done, "columns.npz", "Fortran order")
+    np.savez(tmp_path / "lacks.npz", train_images=images, train_labels=labels, val_images=images)
+    refused(prepare("lacks.npz", "x", cwd=tmp_path, check=False), "lacks.npz",
+            "found train_images, train_labels, val_images")
+
+
+# ---------------------------------------------------------------- files -------------------------------------
+
+def class_folders(root, count=10, classes="ab"):
+    """root/CLASS/NUMBER.png."""
+    for name in classes:
+        for i in range(count):
+            draw(root / name / f"{i}.png", 1000 * (1 + ord(name[0])) + i)
+
+
+def test_links_to_folders_are_followed_wherever_they_stand(tmp_path):
+    """A folder that two links name stands twice, as the check of duplicates says; one that a link in it names, once."""
+    source = tmp_path / "source"
+    for split in ("train", "val"):
+        class_folders(source / split)
+    draw(tmp_path / "far" / "scan.png", 5)
+    for place in ("train/a/patient", "train/b/patient"):
+        (source / place).symlink_to(tmp_path / "far")
+    (source / "test").symlink_to("val")
+    (source / "train" / "a" / "round").symlink_to(source)
+    done = prepare("source", "data", cwd=tmp_path)
+    found = labels_of(tmp_path / "data")
+    assert found["train/a/patient/scan.png"] == "a" and found["train/b/patient/scan.png"] == "b"
+    assert splits_of(tmp_path / "data") == {"train": 22, "val": 20, "test": 20}
+    assert "20 of 20 test images also stand in val" in done.stdout
+
+
+def test_names_that_are_not_utf8_are_named(tmp_path):
+    class_folders(tmp_path / "source")
+    os.rename(tmp_path / "source" / "a", os.fsencode(tmp_path / "source") + b"/n\xe9gatif")  # unzipped elsewhere
+    refused(prepare("source", "data", cwd=tmp_path, check=False), "10 names", "UTF-8", "gatif/0.png")
+    assert not (tmp_path / "data").exists()
+
+
+def test_folders_without_labels(tmp_path):
+    """Images alone, and --layout flat where folders are no classes: for DINO, not for classifiers."""
+    class_folders(tmp_path / "nested")
+    shutil.copytree(tmp_path / "nested" / "a", tmp_path / "alone")
+    for source, args, count in (("alone", [], 10), ("nested", ["--layout", "flat"], 20)):
+        prepare(source, f"of-{source}", *args, cwd=tmp_path)
+        rows = table(tmp_path / f"of-{source}" / "labels.csv")
+        assert len(rows) == count and list(rows[0]) == ["image", "split", "height", "width"]
+        done = stage("knn_eval.py", "--data", f"of-{source}", "--arch", "test_vit", *TINY, cwd=tmp_path, check=False)
+        refused(done, f"of-{source} has no labels")
+    stage("pretrain_dino.py", "--data", "of-alone", "--arch", "test_vit", "--epochs", "1", "--batch-size", "4",
+          "--out-dim", "64", "--output", "dino", *TINY, cwd=tmp_path)
+    assert (tmp_path / "dino" / "model.pt").exists()
+
+
+def test_a_test_folder_without_class_folders_is_said_as_that(tmp_path):
+    class_folders(tmp_path / "source" / "train")
+    for i in range(10):
+        draw(tmp_path / "source" / "test" / f"{i}.png", i)
+    refused(prepare("source", "data", cwd=tmp_path, check=False), "10 images stand in no class folder", "test/0.png")
+
+
+def write_deep_tiff(path, pixels):
+    """A TIFF of (H, W, 3) uint16, which Pillow does not write."""
+    height, width, _ = pixels.shape
+    content = pixels.astype("<u2").tobytes()
+    # (tag, type, count, value or its place)
+    entries = [(256, 3, 1, width), (257, 3, 1, height), (258, 3, 3, 122), (259, 3, 1, 1), (262, 3, 1, 2),
+               (273, 4, 1, 128), (277, 3, 1, 3), (278, 3, 1, height), (279, 4, 1, len(content))]
+    head = b"II*\0" + struct.pack("<IH", 8, len(entries))
+    head += b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    path.write_bytes(head + struct.pack("<I3H", 0, 16, 16, 16) + content)
+
+
+def test_deep_colours_that_cannot_be_read_are_named(tmp_path):
+    """Pillow would hand over their upper 8 bits: black, of values up to 255."""
+    class_folders(tmp_path / "source")
+    write_deep_tiff(tmp_path / "source" / "a" / "deep.tif", np.random.default_rng(0).integers(0, 256, (24, 24, 3)))
+    with Image.open(tmp_path / "source" / "a" / "deep.tif") as image:
+        assert image.mode == "RGB" and np.asarray(image).max() == 0
+    refused(prepare("source", "data", cwd=tmp_path, check=False), "a/deep.tif", "16 bits a channel", "PNG")
+
+
+def test_dicom_of_rarer_kinds(tmp_path):
+    """Signed values, an empty window, a window seen through MONOCHROME1, a palette, a DICOMDIR beside the images."""
+    ramp = np.linspace(0, 4000, 400).reshape(20, 20).astype(np.uint16)
+    signed = ramp.astype(np.int16) - 1000
+    window = {"WindowCenter": 500, "WindowWidth": 1000}
+    write_dicom(tmp_path / "signed.dcm", signed.view(np.uint16), PixelRepresentation=1, **window)
+    expected = 255 * np.clip((signed - 499.5) / 999 + 0.5, 0, 1)
+    assert np.abs(common.read_image(tmp_path / "signed.dcm")[0][..., 0] - expected).max() <= 0.51
+    write_dicom(tmp_path / "inverted.dcm", ramp, PhotometricInterpretation="MONOCHROME1", **window)
+    expected = 255 - 255 * np.clip((ramp - 499.5) / 999 + 0.5, 0, 1)
+    assert np.abs(common.read_image(tmp_path / "inverted.dcm")[0][..., 0] - expected).max() <= 0.51
+    write_dicom(tmp_path / "empty.dcm", ramp, WindowCenter=None, WindowWidth=None)
+    assert np.abs(common.read_image(tmp_path / "empty.dcm")[0][..., 0] - ramp * (255 / 4000)).max() <= 0.51
+    colours = np.random.default_rng(0).integers(0, 256, (3, 256)).astype("<u2")
+    write_dicom(tmp_path / "plain.dcm", ramp // 16, PhotometricInterpretation="PALETTE COLOR", BitsStored=8, HighBit=7)
+    data = pydicom.dcmread(tmp_path / "plain.dcm")
+    for i in range(3):
+        data.add_new(0x00281101 + i, "US", [256, 0, 16])
+        data.add_new(0x00281201 + i, "OW", (colours[i] * 257).tobytes())
+    data.save_as(tmp_path / "palette.dcm")
+    assert (common.read_image(tmp_path / "palette.dcm")[0] == colours.T[ramp // 16]).all()
+    for i in range(12):
+        write_dicom(tmp_path / "source" / "ab"[i % 2] / f"IM{i}", np.roll(ramp, i))
+    shutil.copy(tmp_path / "source" / "a" / "IM0", tmp_path / "source" / "a" / "DICOMDIR")
+    prepare("source", "data", cwd=tmp_path)
+    assert set(labels_of(tmp_path / "data")) == {f"{'ab'[i % 2]}/IM{i}" for i in range(12)}
+
+
 # ---------------------------------------------------------------- splits ------------------------------------
 
 def carved(labels, groups=None, seed=42, shares=(0.7, 0.15, 0.15)):
@@ -216,6 +364,21 @@ def test_the_case_of_300_images_and_10_labels():
         for name in ("val", "test"):
             held, fair = flags[splits == name, label].sum(), 0.15 * flags[:, label].sum()
             assert held >= 1 and abs(held - fair) <= 3, (label, name)
+
+
+def test_labels_are_shared_out_better_than_at_random():
+    """Over 20 sets of 300 images and 10 labels, the mean distance of a label's count from its share is below one image
+    and less than half of what a random split has."""
+    ours, at_random = [], []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        flags = (rng.random((300, 10)) < np.linspace(0.05, 0.5, 10)).astype(np.uint8)
+        splits = np.array(carved(flags, seed=seed))
+        shuffled = rng.permutation(splits)
+        for name, share in (("train", 0.7), ("val", 0.15), ("test", 0.15)):
+            ours.append(np.abs(flags[splits == name].sum(0) - share * flags.sum(0)))
+            at_random.append(np.abs(flags[shuffled == name].sum(0) - share * flags.sum(0)))
+    assert np.mean(ours) < 1 and np.mean(ours) < np.mean(at_random) / 2
 
 
 def test_small_classes():
@@ -269,6 +432,36 @@ def test_blank_groups_are_groups_of_their_own(tmp_path):
     assert len({row["group"] for row in table(tmp_path / "data" / "labels.csv")}) == 120
 
 
+def test_a_missing_val_takes_whole_patients_of_train(small):
+    """40 images of 20 patients, 10 of them given as test: val comes out of the others, no patient is torn."""
+    file = small / "source" / "labels.csv"
+    file.write_text(file.read_text().replace(",val", ",train"))
+    prepare("source", "data", "--split-column", "split", "--group-column", "group", cwd=small)
+    rows = table(small / "data" / "labels.csv")
+    assert {row["image"] for row in rows if row["split"] == "test"} == {f"{i}.png" for i in range(30, 40)}
+    assert len({(row["group"], row["split"]) for row in rows}) == 20
+    assert splits_of(small / "data") == {"train": 26, "val": 4, "test": 10}
+
+
+def test_blank_splits_are_in_none(small):
+    """Rows with a blank split, as --leakage drop leaves them, are counted, kept through another preparation, and seen
+    by no stage."""
+    shutil.copy(small / "source" / "0.png", small / "source" / "30.png")
+    prepare("source", "first", "--split-column", "split", "--leakage", "drop", cwd=small)
+    done = prepare("source", "data", "--csv", "first/labels.csv", "--split-column", "split", cwd=small)
+    assert "1 images have a blank split" in done.stdout
+    assert splits_of(small / "data") == splits_of(small / "first") == {"train": 19, "": 1, "val": 10, "test": 10}
+    stage("knn_eval.py", "--data", "data", "--arch", "test_vit", "--k", "1", "--output", "knn", *TINY, cwd=small)
+    assert metrics(small / "knn")["counts"] == {"train": 19, "val": 10, "test": 10}
+    file = small / "data" / "labels.csv"
+    file.write_text(file.read_text().replace(",test,", ",,", 5))
+    stage("finetune.py", "--data", "data", "--arch", "test_vit", "--epochs", "1", "--batch-size", "4", "--output",
+          "run", *TINY, cwd=small)
+    blank = {row["image"] for row in table(file) if row["split"] == ""}
+    tested = {row["image"] for row in table(small / "run" / "predictions.csv")}
+    assert len(blank) == 6 and len(tested) == 5 and not blank & tested
+
+
 def test_a_group_in_two_splits(small):
     args = ["--split-column", "split", "--group-column", "group"]
     text = (small / "source" / "labels.csv").read_text()
@@ -294,7 +487,8 @@ def test_splits_as_given_and_what_is_missing(small):
     (small / "source" / "labels.csv").write_text(text)
     prepare("source", "half", "--split-column", "split", cwd=small)
     assert splits_of(small / "half") == {"train": 26, "val": 4, "test": 10}  # of train alone
-    refused(prepare("source", "x", "--split", "0.5", "0.5", "0.5", cwd=small, check=False), "--split", "sum to 1")
+    for shares in (("0.5", "0.5", "0.5"), ("nan", "0", "1"), ("1.5", "-0.5", "0")):
+        refused(prepare("source", "x", "--split", *shares, cwd=small, check=False), "--split", "sum to 1")
 
 
 def test_a_class_without_a_training_image(small):
@@ -393,6 +587,43 @@ def test_prepared_already_or_otherwise(small):
     (small / "mine" / "letter.txt").write_text("dear")
     refused(prepare("source", "mine", cwd=small, check=False), "no folder that prepare.py made")
     assert (small / "mine" / "letter.txt").exists()
+
+
+def test_nothing_of_the_users_is_replaced(small):
+    """--output that is SOURCE, around it or in it, or anything that prepare.py did not make: refused, also with
+    --overwrite."""
+    (small / "mine").mkdir()
+    (small / "mine" / "letter.txt").write_text("dear")
+    (small / "file").write_text("dear")
+    class_folders(small / "classes")
+    before = sorted(small.rglob("*"))
+    mistakes = [("source", "source", "is SOURCE"), ("source", "../" + small.name, "around it"),
+                ("source/labels.csv", "source", "is SOURCE"), ("source", ".", "data/NAME"), ("demo", ".", "data/NAME"),
+                ("source", "mine", "prepare.py"), ("source", "file", "prepare.py"),
+                ("classes", "classes/data", "lies in SOURCE")]
+    for source, output, words in mistakes:
+        refused(prepare(source, output, "--overwrite", cwd=small, check=False), f"--output {output}", words)
+        found = [path for path in sorted(small.rglob("*")) if not path.name.endswith(".lock")]
+        assert found == before, (source, output)
+
+
+def test_memory_does_not_grow_with_the_images(tmp_path, monkeypatch):
+    """300 colour images of 96 x 96 are 8 MB; preparing them takes at most 1 MB more at its peak than 40 of them do."""
+    rng, peaks = np.random.default_rng(0), {}
+    monkeypatch.chdir(tmp_path)
+    for count in (8, 40, 300):  # the first warms up what is imported and kept
+        (tmp_path / f"source{count}").mkdir()
+        for i in range(count):
+            pixels = rng.integers(0, 256, (96, 96, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / f"source{count}" / f"{i}.bmp")
+        command = ["prepare.py", f"source{count}", "--output", f"data{count}", "--workers", "0"]
+        monkeypatch.setattr(sys, "argv", command)
+        tracemalloc.start()
+        script.main()
+        peaks[count] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert np.load(tmp_path / "data300" / "images.npy", mmap_mode="r").shape == (300, 96, 96, 3)
+    assert peaks[300] - peaks[40] < 1e6, peaks
 
 
 def start_preparing(cwd, *args):
