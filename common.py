@@ -162,6 +162,13 @@ def read_deep_colour(path, image):
     return to_8_bit(values)
 
 
+def is_deep(image):
+    """Whether an image that has just been opened has more than 8 bits a channel: the arguments of its decoder tell,
+    where modes do not. They are gone once a PNG's EXIF is read."""
+    how = image.tile[0][3] if image.tile else ""
+    return ";16" in str(how) or image.format == "PPM" and isinstance(how, tuple) and how[-1] > 255
+
+
 def read_image(path, side=None):
     """A file as (pixels (H, W, C) uint8 with C = 1 for grey and 3 for colour, (height, width) of the file, a note on
     what was left out of it or "").
@@ -174,13 +181,11 @@ def read_image(path, side=None):
         pixels, note = read_dicom(path)
         return one_channel(pixels), pixels.shape[:2], note
     with Image.open(path) as image:
-        # the decoder's arguments tell the depth that modes do not; they are gone once a PNG's EXIF is read
-        how = image.tile[0][3] if image.tile else ""
+        deep = is_deep(image)
         pages = getattr(image, "n_frames", 1)
         note = f"{pages} pages, the first is used" if pages > 1 else ""
         upright = image.getexif().get(274, 1) < 5  # orientations 5 to 8 lie on their side
         size = image.size[::-1] if upright else image.size
-        deep = ";16" in str(how) or image.format == "PPM" and isinstance(how, tuple) and how[-1] > 255
         if deep and image.mode[0] not in "IF":
             return one_channel(read_deep_colour(path, image)), size, note
         if side:
@@ -283,14 +288,14 @@ def new_images(source):
     return source.parent, names
 
 
-def report_broken(broken, run, skip, flag="--predict"):
+def report_broken(broken, run, skip):
     """Name the files that could not be decoded, of all processes: an error unless `skip`. Returns them, {path: why}."""
     if run.world > 1:
         parts = [None] * run.world
         dist.all_gather_object(parts, broken)
         broken = {path: why for part in parts for path, why in part.items()}
     if broken:
-        message = f"{flag}: {len(broken)} files cannot be decoded: " + "; ".join(
+        message = f"--predict: {len(broken)} files cannot be decoded: " + "; ".join(
             f"{path} ({why})" for path, why in sorted(broken.items()))
         if not skip:
             fail(message + ". Mend or remove them, or leave them out with --skip-broken")
@@ -498,12 +503,12 @@ def note_enlarged(dataset, image_size, side):
         say(f"note: {side} pixels of {dataset.name} are enlarged to --image-size {image_size}")
 
 
-def limit_images(dataset, name, count, seed=42):
+def limit_images(dataset, name, count):
     """`count` rows of a split, its classes in proportion (to within one image)."""
     rows = dataset.rows[name]
     if count >= len(rows):
         return rows
-    order = np.random.default_rng([seed, 1]).permutation(len(rows))
+    order = np.random.default_rng([42, 1]).permutation(len(rows))
     if dataset.task != "classes":
         return rows[np.sort(order[:count])]
     # the j-th image of a class of n sorts at (j + 1/2) / n: every prefix then holds the classes in proportion

@@ -94,7 +94,7 @@ def arguments():
 
 @dataclass
 class Index:
-    """What a source holds, a list entry an image. items: what read_pixels reads; names: paths below the root; labels:
+    """What a source holds, a list entry an image. items: what Rows reads; names: paths below the root; labels:
     class names (N), or 0/1 (N, L), or None; splits: train, val, test, or "" for no split; groups (N) or None; masks: of
     each image [(class or None, file), ...], or None; annotators: {name: like masks, [] outside test}; stream: an .npz
     to be read in its order."""
@@ -213,7 +213,7 @@ def below(path, root):
     return os.path.relpath(path, root).replace(os.sep, "/")
 
 
-def drop_missing(index, args):
+def drop_missing(index):
     """The index without images that are missing (None), for --skip-broken."""
     keep = [i for i, item in enumerate(index.items) if item is not None]
     lost = [name for name, item in zip(index.names, index.items) if item is None]
@@ -281,7 +281,7 @@ def index_csv(root, args):
         index.splits = [SPLIT_NAMES.get(value.lower(), "") for value in table[args.split_column]]
         if "" in index.splits:
             say(f"note: {index.splits.count('')} images have a blank split: no stage sees them")
-    return merge_repeated(file, drop_missing(index, args))
+    return merge_repeated(file, drop_missing(index))
 
 
 def csv_masks(file, root, table, names, args):
@@ -563,7 +563,7 @@ def index_aptos2019(root, args):
     labels = known_labels(file, listed, table["diagnosis"], grades)
     paths, names = listed_images(file, listed, [root / "train_images"], root, args)
     splits = random_split(len(names), 0.3, args.split_seed)
-    return specified("aptos2019", drop_missing(Index(paths, names, labels, splits), args))
+    return specified("aptos2019", drop_missing(Index(paths, names, labels, splits)))
 
 
 def index_ddsm(root, args):
@@ -584,7 +584,7 @@ def index_ddsm(root, args):
         index.labels += known_labels(root / file, listed, [base.split("_")[0] for base in bases], known)
         index.splits += [part] * len(listed)
         index.groups += [(re.search(r"[A-D]_\d{4}(?=_\d)", base) or [base])[0] for base in bases]
-    return specified("ddsm", drop_missing(index, args))
+    return specified("ddsm", drop_missing(index))
 
 
 def index_cbis_ddsm(root, args):
@@ -609,7 +609,7 @@ def index_cbis_ddsm(root, args):
     names, labels, groups = map(list, zip(*found.values()))
     index = Index([path for _, path in found], names, labels, [split for split, _ in found], groups,
                   classes=["benign", "malignant"], metric="roc_auc")
-    return drop_missing(index, args)
+    return drop_missing(index)
 
 
 def index_isic2019(root, args):
@@ -632,7 +632,7 @@ def index_isic2019(root, args):
         lesions = dict(zip(meta["image"], meta[args.group_column]))
         groups = [lesions.get(name) or name for name in listed]  # some 2,000 images name no lesion
     splits = random_split(len(names), 0.2, args.split_seed, groups)
-    return specified("isic2019", drop_missing(Index(paths, names, labels, splits, groups), args))
+    return specified("isic2019", drop_missing(Index(paths, names, labels, splits, groups)))
 
 
 def index_chexpert(root, args):
@@ -657,7 +657,7 @@ def index_chexpert(root, args):
         index.left_out["lateral"] = [names[i] for i in lateral]
         index = index.take(np.setdiff1d(np.arange(len(names)), lateral).tolist())
     index.items, _ = listed_images(file, index.names, [file.parent], file.parent, args)
-    return specified("chexpert", drop_missing(index, args))
+    return specified("chexpert", drop_missing(index))
 
 
 def index_camelyon(root, args):
@@ -693,7 +693,7 @@ def index_camelyon(root, args):
             index.splits += [split] * len(names)
     if set(index.splits) == {"train"}:
         index.splits = None
-    return specified("camelyon", drop_missing(index, args))
+    return specified("camelyon", drop_missing(index))
 
 
 @cache  # a file a process: h5py's must not be shared by forks
@@ -933,27 +933,24 @@ def share_out(flags, units, shares, rng, least):
     left = counts.copy()
     placed, given = 0, np.zeros(3)
     result = np.full(len(flags), parts[0])
-    waiting = set(range(len(units)))
     while left.any():
         remaining = left.sum(0)
         label = int(np.where(remaining > 0, remaining, len(flags) + 1).argmin())
-        mine = [u for u in rng.permutation(np.flatnonzero(left[:, label])).tolist() if u in waiting]
+        mine = rng.permutation(np.flatnonzero(left[:, label])).tolist()
         mine.sort(key=lambda u: -len(units[u]))
         want = lacking[label] + np.clip(np.array(shares) * placed - given, -0.5, 0.5)
         for p in parts[1:]:
             if totals[label] >= least and not held[label, p]:
                 want[parts[0]] -= max(0, 1 - want[p])
                 want[p] = max(want[p], 1)
-        if one_label and totals[label] < least:
-            want = np.where(np.arange(3) == parts[0], np.inf, -np.inf)
+        too_few = one_label and totals[label] < least
         for u in mine:
             size = len(units[u])
             fits = [p for p in parts if room[p] >= size / 2] or parts
-            if np.isinf(want).any():
-                fits = parts
+            if too_few:
+                fits = parts[:1]
             part = max(fits, key=lambda p: (round(want[p], 9), room[p]))
             result[units[u]] = part
-            waiting.discard(u)
             want[part] -= counts[u, label]
             lacking[:, part] -= counts[u]
             held[:, part] += counts[u]
@@ -1361,8 +1358,7 @@ def look_at_heads(index):
                 with Image.open(item) as image:
                     sizes[image.size] += 1
                     colour = colour or image.mode[0] not in "1LIF"
-                    deep = image.tile and ";16" in str(image.tile[0][3])
-                    bits[16 if deep else {"1": 1, "I": 16, "F": 32}.get(image.mode.split(";")[0], 8)] += 1
+                    bits[16 if common.is_deep(image) else {"1": 1, "I": 16, "F": 32}.get(image.mode.split(";")[0], 8)] += 1
         except Exception:  # a damaged file, a package that is missing: decoding says so
             continue
     return sizes, bits, colour
@@ -1514,15 +1510,17 @@ def build(folder, args, root):
         common.write_table(folder / "duplicates.csv", head, pairs)
     write_labels(folder, index, facts)
     images = np.load(folder / "images.npy", mmap_mode="r")
-    train = np.flatnonzero([split == "train" for split in index.splits])
-    mean, std = common.measure(images, train if len(train) else np.arange(len(images)))
+    if index.mean is None:
+        train = np.flatnonzero([split == "train" for split in index.splits])
+        index.mean, index.std = common.measure(images, train if len(train) else np.arange(len(images)))
     common.write_json(folder / "dataset.json", {
         "version": VERSION, "name": Path(args.output).resolve().name, "side": side, "fit": args.fit,
         "channels": images.shape[3], "classes": index.classes if index.labels is not None else [],
         "ordinal": index.ordinal, "mask_classes": index.mask_classes or [], "ignore": args.ignore,
         "metric": index.metric or ("roc_auc" if isinstance(index.labels, np.ndarray) else
                                    "accuracy" if index.labels is not None else "iou"),
-        "masks": digest_of(folder / "masks.npy") if index.masks else None, "mean": index.mean or mean, "std": index.std or std, "layout": args.layout, "source": args.source,
+        "masks": digest_of(folder / "masks.npy") if index.masks else None, "mean": index.mean, "std": index.std,
+        "layout": args.layout, "source": args.source,
         "command": shlex.join(sys.argv), "arguments": compared(args), "leakage": leakage, "groups_in_two_splits": torn,
         "left_out": index.left_out, "notes": notes})
     contact_sheet(folder)

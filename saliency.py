@@ -9,7 +9,6 @@ CLS attention of the last block, patches with the top 50 % of its mass (Caron et
 Zuidema 2020); or Grad-CAM. Maps are scored against the lesion where there are masks, else by deletion and
 insertion (Petsiuk et al. 2018), beside a random map and a Gaussian: one that beats neither explains nothing.
 """
-import argparse
 import time
 from pathlib import Path
 
@@ -183,13 +182,17 @@ def summarise(scores, groups, seed):
     return result
 
 
+def lesion(mask, ignore):
+    """Where a mask holds neither background nor the value `ignore` (or None): bool, shaped as it."""
+    return (mask > 0) & (mask != (0 if ignore is None else ignore))
+
+
 def view_mask(mask, size, ignore=None):
     """A lesion as a model sees it: the centre of a mask (S, S) uint8 at size x size, nearest pixel, bool. What is
     not background, nor `ignore`, is lesion."""
     corner, length = common.centre_box(len(mask))
     at = (corner + (np.arange(size) + 0.5) * length / size).astype(int).clip(max=len(mask) - 1)
-    seen = mask[np.ix_(at, at)]
-    return (seen > 0) & (seen != (0 if ignore is None else ignore))
+    return lesion(mask[np.ix_(at, at)], ignore)
 
 
 def open_model(name, number, args):
@@ -216,19 +219,17 @@ def open_model(name, number, args):
 
 def read_files(files, meta):
     """The Dataset of --files, decoded and fitted as the data of a model, in memory: a test split alone."""
-    squares, sizes = [], []
     for path in files:
         if not Path(path).is_file():
             fail(f"--files {path}: there is no such file")
-        try:
-            pixels, size, _ = common.read_image(path)
-        except Exception as error:  # Pillow's plugins raise nearly anything on a damaged file
-            fail(f"--files {path} cannot be decoded ({type(error).__name__}: {error})")
-        square = common.to_square(pixels, meta["side"], meta["fit"])
-        squares.append(np.broadcast_to(square, (meta["side"], meta["side"], 3)))
-        sizes.append(size)
+    squares, sizes, broken = [], [], {}
+    for images, shapes in common.load_files(files, meta["side"], meta["fit"], broken):
+        squares.append(images.numpy())
+        sizes += shapes
+    for path, why in broken.items():
+        fail(f"--files {path} cannot be decoded ({why})")
     rows = {"train": np.arange(0), "val": np.arange(0), "test": np.arange(len(files))}
-    return Dataset(Path("files"), "files", np.stack(squares), None, files, np.array(sizes), rows, meta["task"],
+    return Dataset(Path("files"), "files", np.concatenate(squares), None, files, np.array(sizes), rows, meta["task"],
                    meta["classes"], None, None, [], "accuracy", False, meta["mean"], meta["std"], meta["fit"], None, {},
                    " ".join(files))
 
@@ -251,13 +252,14 @@ def look(model, read, meta, dataset, rows, drawn, args, run):
         full["gaussian"] = coarse["gaussian"] = torch.outer(line, line).expand(len(batch), -1, -1)
         kept = {kind: enlarge(keep_mass(x, meta["mass"]), (size, size), smooth) for kind, x in coarse.items()}
         pictures |= {row: (kept["map"][i], int(targets[i])) for i, row in enumerate(batch) if row in drawn}
+        masks = None
+        if dataset.masks is not None:
+            masks = [view_mask(dataset.masks[row], size, dataset.ignore) for row in batch]
         for kind in KINDS:
-            if dataset.masks is None:
+            if masks:
+                scores[kind] += map(localisation, full[kind].numpy(), kept[kind].numpy(), masks)
+            else:
                 scores[kind] += curves(model, images, full[kind].to(run.device), targets, meta["task"], run)
-                continue
-            for i, row in enumerate(batch):
-                mask = view_mask(dataset.masks[row], size, dataset.ignore)
-                scores[kind].append(localisation(full[kind][i].numpy(), kept[kind][i].numpy(), mask))
     if min(maps.shape[1:]) < 4 and not hasattr(model, "patch_embed"):  # strides pad above and left alone
         say(f"note: Grad-CAM of {meta['name']} has only {maps.shape[1]} x {maps.shape[2]} places at {size} "
             "pixels, and padding alone makes one corner stand out; train at 224 pixels for 7 x 7")
@@ -292,8 +294,8 @@ def draw_originals(dataset, rows):
     for row in rows:
         picture = common.in_proportion(dataset.images[row], dataset.sizes[row], dataset.fit, 320)
         if dataset.masks is not None:
-            lesion = (dataset.masks[row] > 0) & (dataset.masks[row] != (0 if dataset.ignore is None else dataset.ignore))
-            mask = common.from_square(lesion.astype(np.uint8), *picture.shape[:2], dataset.fit, Image.Resampling.NEAREST)
+            mask = lesion(dataset.masks[row], dataset.ignore).astype(np.uint8)
+            mask = common.from_square(mask, *picture.shape[:2], dataset.fit, Image.Resampling.NEAREST)
             inner = np.asarray(Image.fromarray(mask).filter(ImageFilter.MinFilter(5)))
             picture = np.where((mask > inner)[..., None], (0, 255, 255), picture).astype(np.uint8)
         images.append(picture)

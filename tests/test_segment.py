@@ -1,6 +1,5 @@
 """segment.py: masks through augmentation and metrics, equations against slow versions, and runs as commands."""
 import argparse
-import csv
 import json
 import os
 import shutil
@@ -639,7 +638,7 @@ def test_loss_equals_the_slow_version():
 
 def test_regions_and_their_distance():
     """Pixels within 2 rows and 2 columns of each other are one region."""
-    rng, joined = np.random.default_rng(3), 0
+    rng = np.random.default_rng(3)
     for _ in range(6):
         mask, todo, sizes = blobs(rng, count=5), set(), []
         todo = {*zip(*np.nonzero(mask))}
