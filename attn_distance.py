@@ -7,8 +7,8 @@ Matsoukas et al. 2023, figure 5, after Dosovitskiy et al. 2021, appendix D.7: ov
 query patch the sum over key patches of attention times the Euclidean distance to them, averaged over queries.
 CLS is left out and the rows are renormalised over the patches; both are flags.
 """
-import argparse
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +18,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import common
-from common import fail, say
-
-NAMED = ("random", "imagenet", "imagenet-dino")
+from common import NAMED_INITS, fail, say
 
 
 def arguments():
@@ -63,19 +61,22 @@ def mean_attention_distance(attention, distances, renormalize=True):
     return reach.mean(2)
 
 
-def measure(model, read, dataset, rows, view, args, run):
+def measure(model, read, dataset, rows, image_size, args, run):
     """Distances of all heads over rows of a dataset: {"uniform": pixels, "mean" and "error": (blocks, heads)}; error is
     the standard error over images. Memory holds one batch's attention, however many images there are."""
     grid, patch = model.patch_embed.grid_size, model.patch_embed.patch_size
+    patches = grid[0] * grid[1]
     batches = common.shards(rows, run, args.batch_size)
-    loader, totals, tables = common.load_batches(dataset.images, batches, run.device), 0, {}
-    for images in tqdm(loader, view.init, len(batches), leave=False, disable=run.rank > 0):
-        seen = common.eval_view(images, view.image_size, view.mean, view.std)
+    loader = common.load_batches(dataset.images, batches, run.device)
+    totals = 0
+    tables = {}  # of distances, by the number of prefix tokens, which differs between the blocks of some models
+    for images in tqdm(loader, "attention", len(batches), leave=False, disable=run.rank > 0):
+        view = common.eval_view(images, image_size, dataset.mean, dataset.std)
         with run.autocast():
-            maps = read(seen)
+            blocks = read(view)
         reach = []
-        for attention in maps:
-            prefix = attention.shape[3] - grid[0] * grid[1]
+        for attention in blocks:
+            prefix = attention.shape[3] - patches
             kept = prefix if args.include_cls else 0
             if kept not in tables:
                 tables[kept] = token_distances(grid, patch, kept).to(run.device)
@@ -92,73 +93,74 @@ def measure(model, read, dataset, rows, view, args, run):
 
 
 def open_model(name, args):
-    """(model, attention reader, view, facts) of one of --runs: view is args with its own arch, init, sizes,
-    mean and std (None: the dataset's)."""
-    view, meta = argparse.Namespace(**vars(args), mean=None, std=None), {}
-    view.init, label = name, name
-    if name not in NAMED:
+    """(model, attention reader, facts, mean and std or {}) of one of --runs, which has an arch and a size of its own
+    where it is a checkpoint."""
+    init, label, meta = name, name, {}
+    if name not in NAMED_INITS:
         path = Path(name) / "model.pt" if Path(name).is_dir() else Path(name)
         if not path.is_file():
-            fail(f"--runs {name}: no model.pt there; give a run folder, a checkpoint, or {', '.join(NAMED)}")
-        view.init, label = str(path), path.resolve().parent.name if path.name == "model.pt" else path.stem
+            fail(f"--runs {name}: no model.pt there; give a run folder, a checkpoint, or {', '.join(NAMED_INITS)}")
+        init = str(path)
+        label = path.resolve().parent.name if path.name == "model.pt" else path.stem
         meta = common.read_checkpoint(path, args.init_key)[1]
-        for key in ("arch", "image_size", "mean", "std"):  # others' files know none of them
-            setattr(view, key, meta.get(key) or getattr(view, key))
-    model, pretrained_on = common.build_model(view, 0)
+    arch = meta.get("arch", args.arch)
+    image_size = meta.get("image_size", args.image_size)
+    model, pretrained_on = common.build_model(arch, init, image_size, 0, args.seed, args.init_key)
     read = common.attention_reader(model)
     if read is None:
-        fail(f"--runs {name}: {view.arch} has no attention between patches; give a ViT, such as deit_small")
-    read(torch.zeros(1, 3, view.image_size, view.image_size))  # other attention is refused now, not half-way
-    return model, read, view, {
-        "run": name, "name": label, "arch": view.arch, "init": common.init_label(view.init, meta),
-        "pretrained_on": pretrained_on, "image_size": view.image_size,
-        "patch_size": model.patch_embed.patch_size[0]}
+        fail(f"--runs {name}: {arch} has no attention between patches; give a ViT, such as deit_small")
+    read(torch.zeros(1, 3, image_size, image_size))  # other attention is refused now, not half-way
+    facts = {"run": name, "name": label, "arch": arch, "init": common.init_label(init, meta),
+             "pretrained_on": pretrained_on, "image_size": image_size, "patch_size": common.patch_size(model)}
+    return model, read, facts, {key: meta[key] for key in ("mean", "std") if key in meta}
 
 
 def draw(path, results):
     """Figure 5: a panel per run; x block, y distance, a point per head, uniform attention as dashes."""
+    columns = min(2, len(results))
+    rows = -(-len(results) // columns)
+    figure, axes = common.new_figure(path, 3.2 * columns, 2.6 * rows, rows, columns)
+    if figure is None:
+        return
     top = max(max(result["uniform"], result["mean"].max()) for _, result in results)
-    panels = []
-    for facts, result in results:
+    for axis in axes.flat[len(results):]:
+        axis.set_axis_off()
+    for axis, (facts, result) in zip(axes.flat, results):
         blocks, heads = result["mean"].shape
-        panels.append({
-            "title": f"{facts['arch']}, {facts['init']}", "xlabel": "block", "ylim": (0, top),
-            "ylabel": "attention distance (pixels)",
-            "xnames": [str(b + 1) if blocks < 7 or b % (blocks // 6) == 0 else "" for b in range(blocks)],
-            "series": [{"label": "head", "kind": "points", "x": np.repeat(np.arange(blocks), heads).tolist(),
-                        "y": result["mean"].flatten().tolist()},
-                       {"label": "uniform attention", "kind": "dashed", "x": [-0.5, blocks - 0.5],
-                        "y": [result["uniform"]] * 2, "colour": 6}]})
-    common.draw_plot(path, panels, (400, 360), 2)
+        axis.scatter(np.repeat(np.arange(1, blocks + 1), heads), result["mean"].flatten(), s=14, alpha=0.8, label="head")
+        axis.axhline(result["uniform"], color="black", linestyle="--", linewidth=1, label="uniform attention")
+        axis.set(title=f"{facts['arch']}, {facts['init']}", xlabel="block", ylabel="attention distance (pixels)",
+                 xlim=(0.5, blocks + 0.5), ylim=(0, 1.25 * top))  # room for the legend
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.legend(loc="upper left", ncols=2, fontsize=7, handlelength=1.2)
+    common.save_figure(figure, path)
 
 
 def finish(folder, dataset, measured, results, args, run, seconds):
     """Write attn_distance.csv, attn_distance.png and, last, metrics.json."""
-    rows, runs = [], []
+    lines, runs = [], []
     for facts, result in results:
         mean, error = result["mean"], result["error"]
-        points = [{"block": b + 1, "head": h + 1, "distance": float(mean[b, h]),
-                   "standard_error": float(error[b, h])} for b, h in np.ndindex(mean.shape)]
-        rows += [[facts["run"], facts["arch"], *point.values(), result["uniform"]] for point in points]
+        points = [{"block": b + 1, "head": h + 1, "distance": float(mean[b, h]), "standard_error": float(error[b, h])}
+                  for b, h in np.ndindex(mean.shape)]
+        lines += [[facts["run"], facts["arch"], *point.values(), result["uniform"]] for point in points]
         runs.append({**facts, "images": measured, "uniform": result["uniform"], "mean": float(mean.mean()),
-                     "first_block": float(mean[0].mean()), "last_block": float(mean[-1].mean()),
-                     "points": points})
+                     "first_block": float(mean[0].mean()), "last_block": float(mean[-1].mean()), "points": points})
     head = ["run", "arch", "block", "head", "distance", "standard_error", "uniform"]
-    common.write_table(folder / "attn_distance.csv", head, rows)
+    common.write_table(folder / "attn_distance.csv", head, lines)
     draw(folder / "attn_distance.png", results)
-    common.write_json(folder / "metrics.json", {
-        "stage": "attn_distance", "dataset": dataset.name, "arch": ", ".join(one["arch"] for one in runs),
-        "init": ", ".join(one["init"] for one in runs), "pretrained_on": [r["pretrained_on"] for r in runs],
-        "seed": args.seed, "metric": "attention_distance", "unit": "pixels", "runs": runs, "val": {},
-        "test": {one["run"]: one["mean"] for one in runs}, "include_cls": args.include_cls,
-        "renormalize": not args.no_renormalize, "counts": {**dataset.counts, "measured": measured},
-        "epochs": 0, "seconds": seconds, "images_per_second": measured * len(runs) / seconds,
-        "device": common.device_name(run.device), "amp": run.amp, "world_size": run.world,
-        "summary": "; ".join(f"{one['name']} {one['first_block']:.1f} pixels in the first block, "
-                             f"{one['last_block']:.1f} in the last" for one in runs)})
     names = ["first_block", "last_block", "mean", "uniform"]
-    common.print_table(["pixels", *names], [[one["name"], *(f"{one[n]:.1f}" for n in names)] for one in runs])
-    say(f"{measured} test images, {measured * len(runs) / seconds:.1f} images/s\nwritten: {folder}")
+    common.print_table(["pixels", *names], [[row["name"], *(f"{row[name]:.1f}" for name in names)] for row in runs])
+    speed = measured * len(runs) / seconds
+    say(f"{measured} test images, {speed:.1f} images/s")
+    common.write_metrics(
+        folder, dataset, run, args, arch=", ".join(row["arch"] for row in runs),
+        init=", ".join(row["init"] for row in runs), pretrained_on=[row["pretrained_on"] for row in runs],
+        metric="attention_distance", unit="pixels", runs=runs, val={}, test={row["run"]: row["mean"] for row in runs},
+        include_cls=args.include_cls, renormalize=not args.no_renormalize,
+        counts={**dataset.counts, "measured": measured}, epochs=0, seconds=seconds, images_per_second=speed,
+        summary="; ".join(f"{row['name']} {row['first_block']:.1f} pixels in the first block, "
+                          f"{row['last_block']:.1f} in the last" for row in runs))
 
 
 def main():
@@ -167,21 +169,21 @@ def main():
     run = common.start(args)
     timm.layers.set_fused_attn(False)  # before any model is built: fused attention never forms the map
     dataset = common.load_dataset(args, ("test",))
-    names = [Path(name).name for name in args.runs]
-    args.output = args.output or "-".join(["runs/attn_distance", dataset.name, *names])
-    folder = common.open_run(args, run, dataset)
     models = [open_model(name, args) for name in args.runs]
     rows = common.limit_images(dataset, "test", args.images)
     if len(rows) < max(2, run.world):
         fail(f"{len(rows)} test images are too few, for a standard error or for {run.world} processes")
     if len(rows) < args.images:
         say(f"note: there are {len(rows)} test images, not {args.images}; all are used")
-    common.write_args(folder, args, run, dataset, ["attn_distance.csv", "attn_distance.png"])
-    results, begin = [], time.time()
-    for model, read, view, facts in models:
-        view.mean, view.std = view.mean or dataset.mean, view.std or dataset.std
+    names = "-".join(Path(name).name for name in args.runs)
+    args.output = args.output or f"runs/attn_distance-{dataset.name}-{names}"
+    folder = common.open_run(args, run, dataset, ["attn_distance.csv", "attn_distance.png"])
+    results = []
+    begin = time.time()
+    for model, read, facts, seen_as in models:
         common.to_device(model, run)
-        results.append((facts, measure(model, read, dataset, rows, view, args, run)))
+        own = replace(dataset, **seen_as)
+        results.append((facts, measure(model, read, own, rows, facts["image_size"], args, run)))
     if run.rank == 0:
         finish(folder, dataset, len(rows), results, args, run, time.time() - begin)
 

@@ -1,7 +1,7 @@
 """Judge a backbone without training: a weighted k-NN vote on its frozen features.
 
     python knn_eval.py --init runs/RUN/model.pt
-    torchrun --nproc_per_node 4 knn_eval.py --dataset folder --data-dir DIR --init imagenet-dino
+    torchrun --nproc_per_node 4 knn_eval.py --data data/mine --init imagenet-dino
 
 Matsoukas et al. 2023, section 3, after Caron et al. 2021, section 4.1: the training images nearest by cosine
 similarity vote with the weight exp(similarity / 0.07), k = 200. Every k of --k is scored; the one that is
@@ -54,8 +54,8 @@ def nearest(train, queries, k, tile=2 ** 26):
             torch.mm(part, query.T, out=slab[:len(part)])
             torch.maximum(maxima, slab, out=maxima)  # while it is in the CPU's cache
         chosen = maxima.T.topk(k, sorted=False).indices
-        found = products.gather(1, chosen.T.expand(slabs, -1, -1)).permute(2, 0, 1).flatten(1)
-        values, place = found.topk(k)
+        candidates = products.gather(1, chosen.T.expand(slabs, -1, -1)).permute(2, 0, 1).flatten(1)
+        values, place = candidates.topk(k)
         yield values, chosen.gather(1, place % k) + place.div(k, rounding_mode="floor") * groups
 
 
@@ -66,7 +66,6 @@ def vote(train, labels, queries, ks, temperature, tile=2 ** 26):
     train (N, D) and queries (M, D) float32, L2-normalised; labels (N, C) float32, one-hot or multilabel.
     For each query the k largest cosines s vote for their labels with weight exp(s / temperature); the shares
     are divided by the weights' sum. Returns {k: (M, C) float32 on the CPU}. `tile` as in nearest()."""
-    torch.backends.cuda.matmul.allow_tf32 = False  # 10 bits of a cosine would change who is near
     shares = {k: [] for k in ks}
     for best, where in nearest(train, queries, max(ks), tile):
         weights = ((best - best[:, :1]) / temperature).exp()  # the largest is 1, whatever the temperature
@@ -76,75 +75,87 @@ def vote(train, labels, queries, ks, temperature, tile=2 ** 26):
     return {k: torch.cat(parts).cpu() for k, parts in shares.items()}
 
 
+def save_features(path, features, dataset):
+    """features.npz: {split}_features (n, D) float32, {split}_labels and {split}_images of each split, and classes."""
+    arrays = {"classes": np.array(dataset.classes)}
+    for name, rows in dataset.rows.items():
+        arrays[f"{name}_features"] = features[name].numpy()
+        arrays[f"{name}_labels"] = dataset.labels[rows]
+        arrays[f"{name}_images"] = np.array([dataset.paths[row] for row in rows])
+
+    def save(part):
+        with open(part, "wb") as out:
+            np.savez(out, **arrays)
+    common.write_atomic(path, save)
+
+
+def vote_on(features, dataset, ks, temperature, device):
+    """{"val" and "test": {k: class shares (n, C) float64}} of the features {split: (n, D)} by votes of train."""
+    unit = {name: F.normalize(values, dim=1).to(device) for name, values in features.items()}
+    labels = torch.from_numpy(dataset.labels[dataset.rows["train"]])
+    if dataset.task == "classes":
+        labels = F.one_hot(labels, len(dataset.classes))
+    labels = labels.float().to(device)
+    scores = {}
+    for name in ("val", "test"):
+        shares = vote(unit["train"], labels, unit[name], ks, temperature)
+        scores[name] = {k: values.double().numpy() for k, values in shares.items()}
+    return scores
+
+
+def neighbours(text, most):
+    """The numbers in --k, in order; those above `most` are cut to it, said."""
+    ks = [int(k) for k in text.split(",")]
+    if max(ks) > most:
+        say(f"note: there are {most} training images; k above that is cut to it")
+    return sorted({min(k, most) for k in ks})
+
+
 def main():
     """Extract features, vote, score."""
     args = arguments()
     run = common.start(args)
     begin = time.time()
+    torch.backends.cuda.matmul.allow_tf32 = False  # 10 bits of a cosine would change who is near
     dataset = common.load_dataset(args, labels=True)
-    folder = common.open_run(args, run, dataset)
     common.note_enlarged(dataset, args.image_size, common.centre_box(dataset.side)[1])
-    if args.init not in ("random", "imagenet", "imagenet-dino"):
+    if args.init not in common.NAMED_INITS:  # the model sees images as in its training
         _, meta = common.read_checkpoint(args.init, args.init_key)
         dataset.mean, dataset.std = meta.get("mean", dataset.mean), meta.get("std", dataset.std)
-    model, pretrained_on = common.build_model(args, 0)
+    model, pretrained_on = common.build_model(args.arch, args.init, args.image_size, 0, args.seed, args.init_key)
     model = common.to_device(model, run).eval()
-    common.write_args(folder, args, run, dataset, ["features.npz"])
+    folder = common.open_run(args, run, dataset, ["features.npz"])
     if args.compile:
         model.forward_features = torch.compile(model.forward_features)
-    seconds = time.time()
-    feats = {name: common.extract(model, dataset, rows, args, run, args.pool, args.batch_size)
-             for name, rows in dataset.rows.items()}
-    speed = sum(dataset.counts.values()) / (time.time() - seconds)
+
+    started = time.time()
+    features = {name: common.extract(model, dataset, rows, args.image_size, run, args.pool, args.batch_size)
+                for name, rows in dataset.rows.items()}
+    speed = sum(dataset.counts.values()) / (time.time() - started)
     if run.rank > 0:
         return
-    labels = {name: dataset.labels[rows] for name, rows in dataset.rows.items()}
-    images = {name: [dataset.paths[row] for row in rows] for name, rows in dataset.rows.items()}
-    arrays = {}
-    for name in dataset.rows:
-        arrays[f"{name}_features"] = feats[name].numpy()
-        arrays[f"{name}_labels"] = labels[name]
-        arrays[f"{name}_images"] = np.array(images[name])
+    save_features(folder / "features.npz", features, dataset)
+    ks = neighbours(args.k, dataset.counts["train"])
+    scores = vote_on(features, dataset, ks, args.temperature, run.device)
 
-    def save(part):
-        with open(part, "wb") as out:
-            np.savez(out, classes=np.array(dataset.classes), **arrays)
-    common.write_atomic(folder / "features.npz", save)
-
-    count = len(labels["train"])
-    ks = sorted({min(int(k), count) for k in args.k.split(",")})
-    if max(int(k) for k in args.k.split(",")) > count:
-        say(f"note: there are {count} training images; k above that is cut to it")
-    unit = {name: F.normalize(value, dim=1).to(run.device) for name, value in feats.items()}
-    targets = torch.from_numpy(labels["train"])
-    targets = F.one_hot(targets, len(dataset.classes)) if targets.ndim == 1 else targets
-    targets = targets.float().to(run.device)
-    scores = {name: {k: shares.double().numpy() for k, shares in
-                     vote(unit["train"], targets, unit[name], ks, args.temperature).items()}
-              for name in ("val", "test")}
-    value = lambda name, k: common.metric(  # noqa: E731
-        dataset.metric, dataset.task, labels[name], scores[name][k])
-    best = max(ks, key=lambda k: (value("val", k) or 0, -k))
-    val = common.all_metrics(dataset.task, dataset.classes, labels["val"], scores["val"][best], dataset.ordinal)
+    by_k = {}
+    for k in ks:
+        by_k[k] = {name: common.metric(dataset.metric, dataset.task, dataset.labels[dataset.rows[name]], shares[k])
+                   for name, shares in scores.items()}
+    best = max(ks, key=lambda k: (by_k[k]["val"] or 0, -k))
+    val = common.all_metrics(dataset, dataset.labels[dataset.rows["val"]], scores["val"][best])
     test = common.score_test(dataset, scores["test"][best])
-    common.write_predictions(folder / "predictions.csv", dataset.task, dataset.classes, images["test"],
-                             labels["test"], dataset.groups_of(dataset.rows["test"]), scores["test"][best])
-    headline = f"{dataset.metric} {common.show(test[dataset.metric])}"
-    common.write_json(folder / "metrics.json", {
-        "stage": "knn_eval", "dataset": dataset.name, "arch": args.arch, "init": args.init_label,
-        "pretrained_on": pretrained_on, "seed": args.seed, "metric": dataset.metric, "k": best,
-        "by_k": {k: {"val": value("val", k), "test": value("test", k)} for k in ks}, "val": val, "test": test,
-        "counts": dataset.counts, "split": dataset.fingerprint, "leakage": dataset.leakage,
-        "image_size": args.image_size, "pool": args.pool, "epochs": 0,
-        "parameters": sum(p.numel() for p in model.parameters()), "seconds": time.time() - begin,
-        "images_per_second": speed, "device": common.device_name(run.device), "amp": run.amp,
-        "world_size": run.world, "summary": f"test {headline} at k = {best}"})
+    common.write_predictions(folder / "predictions.csv", dataset, dataset.rows["test"], scores["test"][best],
+                             dataset.classes, dataset.task)
     common.print_table(["k", f"val {dataset.metric}", f"test {dataset.metric}"],
-                       [[k, common.show(value("val", k)), common.show(value("test", k))] for k in ks])
-    low, high = test["interval"] or (None, None)
-    say(f"k = {best}, best on validation: {headline} on {len(labels['test'])} test images "
-        f"(95 % interval {common.show(low)} to {common.show(high)}), features at {speed:.1f} images/s")
-    say(f"written: {folder}")
+                       [[k, common.show(value["val"]), common.show(value["test"])] for k, value in by_k.items()])
+    headline = f"{dataset.metric} {common.show(test[dataset.metric])}"
+    say(f"k = {best}, best on validation: {headline} on {dataset.counts['test']} test images "
+        f"({common.interval_text(test['interval'])}), features at {speed:.1f} images/s")
+    common.write_metrics(
+        folder, dataset, run, args, pretrained_on=pretrained_on, k=best, by_k=by_k, pool=args.pool, val=val, test=test,
+        epochs=0, parameters=sum(p.numel() for p in model.parameters()), seconds=time.time() - begin,
+        images_per_second=speed, summary=f"test {headline} at k = {best}")
 
 
 if __name__ == "__main__":

@@ -11,30 +11,32 @@ test/ or at once; images/ and masks/; a flat folder without labels; and the seve
 """
 import argparse
 import csv
+import ctypes
 import hashlib
 import io
 import json
-import math
 import os
 import random
 import re
 import shlex
 import shutil
+import signal
 import sys
 import zipfile
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
 import filelock
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageDraw, ImageFilter, ImageOps
+import torchvision
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from tqdm import tqdm
 
 import common
-from common import SPLITS, fail, files_under, say, some
+from common import SPLITS, fail, refuse, say, some
 
 VERSION = 1
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
@@ -42,10 +44,11 @@ SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "va
 IMAGE_FOLDERS = ("images", "image", "imgs", "img")
 MASK_FOLDERS = ("masks", "mask", "labels", "label", "gt")  # in any case
 MASK_ENDING = re.compile(r"(_(mask|segmentation|seg|gt|lesion))?(_\d+)?$", re.IGNORECASE)
+MASK_BESIDE = re.compile(r"_(mask|segmentation|seg|gt)(_\d+)?$", re.IGNORECASE)
 NO_LABEL = {"", "nan", "na", "n/a", "#n/a", "<na>"}
 
 
-def arguments():
+def arguments(argv=None):
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(f"{message} (--help lists all arguments)")
@@ -56,7 +59,7 @@ def arguments():
     layout.add_argument("--layout", default="auto", choices=["auto", *LAYOUTS], help="(default auto: recognised)")
     layout.add_argument("--csv", help="the table (default labels.csv in SOURCE)")
     layout.add_argument("--image-column", default="image", help="of the paths (default image)")
-    layout.add_argument("--label-column", help="one column of classes, or several of 0/1 (default label)")
+    layout.add_argument("--label-column", help="one column of classes, several of 0/1, or none (default label)")
     layout.add_argument("--split-column", help="column with train, val, test (default: carve --split)")
     layout.add_argument("--group-column", help="column with the patient, who stays in one split")
     layout.add_argument("--mask-column", help="column with the mask's path (default: masks/ beside the images)")
@@ -67,6 +70,7 @@ def arguments():
     layout.add_argument("--view", default="all", choices=["frontal", "all"], help="chexpert (default all)")
     layout.add_argument("--tissue", action="store_true", help="csaws: all 11 tissues, not the tumour alone")
     images.add_argument("--side", type=int, default=256, help="pixels of a side (default, paper: 256), at most the images'")
+    images.add_argument("--enlarge", action="store_true", help="keep --side where the images are smaller")
     images.add_argument("--fit", default="squash", choices=["squash", "pad", "crop"],
                         help="how an image becomes a square (default, paper: squash; pad: black; crop: its centre)")
     images.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1), help="processes that decode")
@@ -77,7 +81,7 @@ def arguments():
     split.add_argument("--split-seed", type=int, default=42, help="(default, paper: 42)")
     split.add_argument("--leakage", choices=["warn", "drop", "error"],
                        help="identical images, or a patient, in two splits: say so (default), take them out of train, stop")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.side < 8 or args.workers < 0:
         fail("expected --side of at least 8 pixels and --workers of at least 0")
     if not (min(args.split) >= 0 and abs(sum(args.split) - 1) <= 1e-6):
@@ -93,37 +97,219 @@ def arguments():
 
 
 @dataclass
-class Index:
-    """What a source holds, a list entry an image. items: what Rows reads; names: paths below the root; labels:
-    class names (N), or 0/1 (N, L), or None; splits: train, val, test, or "" for no split; groups (N) or None; masks: of
-    each image [(class or None, file), ...], or None; annotators: {name: like masks, [] outside test}; stream: an .npz
-    to be read in its order."""
-    items: list
-    names: list
-    labels: object = None
-    splits: list = None
-    groups: list = None
-    masks: list = None
-    annotators: dict = field(default_factory=dict)
+class Row:
+    """An image of the source."""
+    item: object  # its file; (file, key, number) of an array; the number of a drawn one; None where it is missing
+    name: str  # its path below the root, with forward slashes
+    label: object = None  # the name of its class, or 0/1 of each class
+    split: str = None  # train, val, test, "" for none; None where the source has no splits
+    group: str = None
+    masks: list = None  # [(class or None, file), ...]
+    experts: dict = field(default_factory=dict)  # {annotator: like masks}
+
+
+@dataclass
+class Source:
+    """What a source holds. classes: in their order, None for the sorted one; labels are 0/1 where it is multilabel."""
+    rows: list
     classes: list = None
-    mask_classes: list = None
+    multilabel: bool = False
     ordinal: bool = False
+    mask_classes: list = None
     metric: str = None
     mean: list = None
     std: list = None
-    stream: Path = None
+    table: Path = None  # that lists the images
     left_out: dict = field(default_factory=dict)  # {why: names}
 
-    def take(self, keep):
-        """The images at the positions `keep`."""
-        def pick(values):
-            return None if values is None else [values[i] for i in keep]
-        matrix = isinstance(self.labels, np.ndarray)
-        chosen = {f.name: getattr(self, f.name) for f in fields(self)}
-        chosen |= {name: pick(chosen[name]) for name in ("items", "names", "splits", "groups", "masks")}
-        chosen["labels"] = self.labels[keep] if matrix else pick(self.labels)
-        chosen["annotators"] = {name: pick(masks) for name, masks in self.annotators.items()}
-        return Index(**chosen)
+
+def fill(rows, **columns):
+    """The rows with a field set from each column."""
+    for name, values in columns.items():
+        for row, value in zip(rows, values):
+            setattr(row, name, value)
+    return rows
+
+
+def leave_out(source, why, unwanted):
+    """Take rows out of a source, and note why."""
+    if unwanted:
+        gone = set(map(id, unwanted))
+        source.rows = [row for row in source.rows if id(row) not in gone]
+        source.left_out[why] = [row.name for row in unwanted]
+
+
+# ---------------------------------------------------------------- image files -------------------------------
+
+Image.init()
+NOT_IMAGES = {".h5", ".hdf", ".bufr", ".grib", ".mpg", ".mpeg", ".eps", ".ps", ".wmf", ".emf"}  # stubs of Pillow's
+DICOM = {".dcm", ".dicom"}
+SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+SUFFIXES = SUFFIXES - NOT_IMAGES | DICOM
+
+
+def is_dicom(path):
+    """Whether a file is DICOM: by its suffix or, as scanners leave it out, by the mark in its head."""
+    suffix = Path(path).suffix.lower()
+    if suffix in SUFFIXES:
+        return suffix in DICOM
+    try:
+        with open(path, "rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
+def files_under(folder):
+    """(image files, other files) under a folder, each sorted: paths below it with forward slashes. Links to folders
+    are followed; hidden files and the folders that notebooks and archives leave behind are passed over."""
+    images, others = [], []
+    above = {str(folder): ()}  # the real folders that each folder lies in
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        chain = above.pop(place)
+        if real in chain:  # a link to a folder above it
+            folders.clear()
+            continue
+        folders[:] = [name for name in folders if name[0] != "." and name != "__MACOSX"]
+        above |= {os.path.join(place, name): (*chain, real) for name in folders}
+        below = os.path.relpath(place, folder).replace(os.sep, "/") + "/"
+        below = below.removeprefix("./")
+        for name in names:
+            if name[0] == "." or name in ("Thumbs.db", "desktop.ini", "DICOMDIR"):
+                continue
+            suffix = os.path.splitext(name)[1].lower()
+            known = suffix in SUFFIXES or (not suffix or suffix[1:].isdigit()) and is_dicom(os.path.join(place, name))
+            (images if known else others).append(below + name)
+    return sorted(images), sorted(others)
+
+
+def to_8_bit(values):
+    """Numbers of any range as uint8, over their own range; what is not finite becomes black or white."""
+    values = np.asarray(values, dtype=np.float64)
+    finite = values[np.isfinite(values)]
+    low, high = (finite.min(), finite.max()) if finite.size else (0, 0)
+    scaled = (values - low) / max(high - low, 1e-12)
+    return np.round(255 * np.nan_to_num(scaled, nan=0, posinf=1, neginf=0)).astype(np.uint8)
+
+
+def import_pydicom():
+    """The package that reads DICOM files, or an error."""
+    try:
+        import pydicom.pixels
+    except ImportError:
+        fail("DICOM files are read by pydicom 3, which is missing: pip install pydicom")
+    return pydicom
+
+
+def read_dicom(path):
+    """(pixels (H, W, C) uint8, note) of a DICOM file: rescaled, seen through its first VOI window or table, upright
+    grey (MONOCHROME1 inverted). Without a window its values are scaled over their own range."""
+    pydicom = import_pydicom()
+    data = pydicom.dcmread(path)
+    values, note = data.pixel_array, ""
+    if int(data.get("NumberOfFrames", 1) or 1) > 1:
+        note = f"{data.NumberOfFrames} frames, the first is used"
+        values = values[0]
+    if data.PhotometricInterpretation == "PALETTE COLOR":
+        values = pydicom.pixels.apply_color_lut(values, data)
+        return (values >> 8).astype(np.uint8) if values.dtype == np.uint16 else values, note
+    if data.get("SamplesPerPixel", 1) > 1:
+        return (values if values.dtype == np.uint8 else to_8_bit(values)), note
+    values = pydicom.pixels.apply_modality_lut(values, data).astype(np.float64)
+    windowed = data.get("WindowCenter") not in (None, "") and data.get("WindowWidth") not in (None, "")
+    if windowed and data.get("VOILUTFunction", "LINEAR") != "SIGMOID" and "VOILUTSequence" not in data:
+        center, width = (np.atleast_1d(data[name].value)[0] for name in ("WindowCenter", "WindowWidth"))
+        if data.get("VOILUTFunction", "LINEAR") == "LINEAR":  # PS3.3, C.11.2.1.2.1
+            center, width = center - 0.5, max(width - 1, 1e-6)
+        pixels = np.round(255 * np.clip((values - center) / width + 0.5, 0, 1)).astype(np.uint8)
+    else:
+        pixels = to_8_bit(pydicom.pixels.apply_voi_lut(values, data) if windowed or "VOILUTSequence" in data else values)
+    return (255 - pixels if data.PhotometricInterpretation == "MONOCHROME1" else pixels)[..., None], note
+
+
+def read_deep_colour(path, image):
+    """(H, W, C) uint8 of an image whose colours have 16 bits a channel, over their own range; transparent is black."""
+    if image.format != "PNG":
+        raise ValueError(f"colours of 16 bits a channel can be read from PNG alone, not from {image.format}: save it so")
+    values = torchvision.io.decode_image(path, "UNCHANGED", apply_exif_orientation=True).permute(1, 2, 0).numpy()
+    values = values.astype(np.float64)
+    if values.shape[2] in (2, 4):
+        values = values[..., :-1] * (values[..., -1:] / 65535)
+    return to_8_bit(values)
+
+
+def bits_of(image):
+    """Bits a channel of an image that has just been opened: the arguments of its decoder tell, where modes do not.
+    They are gone once a PNG's EXIF is read."""
+    how = image.tile[0][3] if image.tile else ""
+    if ";16" in str(how) or image.format == "PPM" and isinstance(how, tuple) and how[-1] > 255:
+        return 16
+    return {"1": 1, "I": 16, "F": 32}.get(image.mode.split(";")[0], 8)
+
+
+def on_black(image):
+    """A Pillow image; what is transparent in it is black."""
+    if "A" not in image.getbands() and "transparency" not in image.info:
+        return image
+    return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image.convert("RGBA"))
+
+
+def read_image(path, side=None):
+    """A file as (pixels (H, W, C) uint8 with C = 1 for grey and 3 for colour, (height, width) of the file, a note on
+    what was left out of it or "").
+
+    Greys of more than 8 bits and colours of 16 bits a channel are scaled over their own range; EXIF rotation is
+    applied; transparent pixels become black; three equal channels become one. A JPEG may be decoded smaller than it
+    is, never below twice `side`."""
+    path = str(path)
+    if is_dicom(path):
+        pixels, note = read_dicom(path)
+        return one_channel(pixels), pixels.shape[:2], note
+    with Image.open(path) as image:
+        deep_colour = bits_of(image) == 16 and image.mode[0] not in "IF"
+        pages = getattr(image, "n_frames", 1)
+        note = f"{pages} pages, the first is used" if pages > 1 else ""
+        upright = image.getexif().get(274, 1) < 5  # orientations 5 to 8 lie on their side
+        size = image.size[::-1] if upright else image.size
+        if deep_colour:
+            return one_channel(read_deep_colour(path, image)), size, note
+        if side:
+            image.draft(None, (2 * side, 2 * side))  # JPEG only
+        white_is_0 = image.format == "TIFF" and image.tag_v2.get(262) == 0
+        image = ImageOps.exif_transpose(image)
+        if image.mode[0] in "IF":
+            values = np.asarray(image, dtype=np.float64)
+            pixels = to_8_bit(-values if white_is_0 else values)[..., None]  # 8-bit ones are turned by Pillow
+        elif image.mode in ("1", "L"):
+            pixels = np.asarray(image.convert("L"))[..., None]
+        else:
+            pixels = np.asarray(on_black(image).convert("RGB"))
+    return one_channel(pixels), size, note
+
+
+def one_channel(pixels):
+    """(H, W, 3) whose channels are equal as (H, W, 1), all else as it is."""
+    same = pixels.shape[2] == 3 and (pixels[..., :1] == pixels[..., 1:]).all()
+    return pixels[..., :1] if same else pixels
+
+
+@cache  # a file a process: h5py's must not be shared by forks
+def open_hdf5(path, process):
+    """An open HDF5 file."""
+    try:
+        import h5py
+    except ImportError:
+        fail(f"{path} is an HDF5 file, for which h5py is missing: pip install h5py")
+    return h5py.File(path, "r")
+
+
+def open_array(path, key):
+    """An array of an HDF5 file, or an .npy (key None), read as it is indexed."""
+    try:
+        return np.load(path, mmap_mode="r") if key is None else open_hdf5(str(path), os.getpid())[key]
+    except (OSError, KeyError) as error:
+        fail(f"{path}: no HDF5 file with {key!r} in it ({error})")
 
 
 # ---------------------------------------------------------------- tables ------------------------------------
@@ -164,80 +350,43 @@ def locate(listed, folders):
     """The file of each listed image under the first of `folders` that has it, None where none does. Paths of Windows
     and ids without a suffix are understood."""
     stems = None
-    found = []
+    paths = []
     for name in listed:
         name = name if "\\" not in name or os.path.isfile(name) else name.replace("\\", "/")
         places = [os.path.join(folder, name) for folder in folders]
         path = next(filter(os.path.isfile, places), None) if name else None
         if path is None and name:
             stems = by_stem(folders) if stems is None else stems
-            files = stems.get(name.removeprefix("./"), [])
+            files = stems[name.removeprefix("./")]
             if len(files) > 1:
                 fail(f"{name!r} may be {some(files)}; list images with their suffix")
             path = files[0] if files else None
-        found.append(path)
-    return found
+        paths.append(path)
+    return paths
 
 
 def by_stem(folders):
     """{path below a folder without its suffix: files} of all images under some folders."""
     stems = defaultdict(list)
     for folder in dict.fromkeys(map(str, folders)):
-        if os.path.isdir(folder):
-            for name in files_under(folder)[0]:
-                stems[os.path.splitext(name)[0]].append(os.path.join(folder, name))
+        for name in files_under(folder)[0]:
+            stems[os.path.splitext(name)[0]].append(os.path.join(folder, name))
     return stems
 
 
-def listed_images(file, listed, folders, root, args):
-    """(paths, names below root) of the images that a table lists: all that are missing are named in one error, or are
-    None with --skip-broken. Images that lie beside them and are not listed are counted."""
-    paths = locate(listed, folders)
-    missing = [name for name, path in zip(listed, paths) if path is None]
-    if missing:
-        message = f"{len(missing)} of {len(listed)} listed images are not under {some(folders)}: {some(missing, 100)}"
-        if not args.skip_broken:
-            fail(f"{file}: {message}. --skip-broken leaves them out")
-        say(f"left out: {message}")
-    known = set(map(os.path.abspath, filter(None, paths)))
-    beside = [entry.path for folder in sorted({os.path.dirname(path) for path in known}) for entry in os.scandir(folder)
-              if os.path.splitext(entry.name)[1].lower() in common.SUFFIXES and entry.name[0] != "."]
-    unlisted = [path for path in beside if path not in known]
-    if unlisted:
-        say(f"note: {len(unlisted)} images are not listed in {file} and not used: {some(sorted(unlisted))}")
-    return paths, [name if path is None else below(path, root) for name, path in zip(listed, paths)]
+def listed_rows(listed, folders, root):
+    """A Row for each listed image; its item is None where it is under none of the folders."""
+    rows = []
+    for name, path in zip(listed, locate(listed, folders)):
+        rows.append(Row(path, name if path is None else os.path.relpath(path, root).replace(os.sep, "/")))
+    return rows
 
 
-def below(path, root):
-    """A path below the root with forward slashes."""
-    return os.path.relpath(path, root).replace(os.sep, "/")
-
-
-def drop_missing(index):
-    """The index without images that are missing (None), for --skip-broken."""
-    keep = [i for i, item in enumerate(index.items) if item is not None]
-    lost = [name for name, item in zip(index.names, index.items) if item is None]
-    if lost:
-        index.left_out["missing"] = lost
-    return index.take(keep) if lost else index
-
-
-def known_labels(file, names, values, known):
-    """The class of each value that stands beside `names`; known: {text: class}."""
-    wrong = [f"{value!r} of {name}" for name, value in zip(names, values) if value not in known]
-    if wrong:
-        fail(f"{file}: {len(wrong)} labels are none of {some(known, 14)}: {some(wrong, 20)}")
-    return [known[value] for value in values]
-
-
-def flags_of(file, names, columns):
-    """0/1 columns {class: [text]} as (N, L) uint8."""
-    known = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
-    cells = [[known.get(cell.lower(), 9) for cell in column] for column in columns.values()]
-    flags = np.array(cells, np.uint8).T
-    wrong = [f"{names[i]} {[*columns.values()][k][i]!r}" for i, k in np.argwhere(flags == 9)]
-    if wrong:
-        fail(f"{file}: columns of several labels hold 0 or 1; {len(wrong)} cells do not: {some(wrong)}")
+def flags_of(file, table, columns, names, known):
+    """(N, L) uint8 of columns of 0/1, by the dict known {text: 0 or 1}; all other cells are named."""
+    flags = np.array([[known.get(cell.lower(), 9) for cell in table[column]] for column in columns], np.uint8).T
+    wrong = [f"{columns[k]} {table[columns[k]][i]!r} of {names[i]}" for i, k in np.argwhere(flags == 9)]
+    refuse(wrong, f"{file}: columns of several labels hold 0 or 1, or what means that; {len(wrong)} cells do not")
     return flags
 
 
@@ -246,159 +395,88 @@ def flags_of(file, names, columns):
 def index_demo(root, args):
     """900 drawn lesions (see draw_lesion) in four classes of texture, 600 / 100 / 200, with their outlines as masks."""
     splits = ["train"] * 600 + ["val"] * 100 + ["test"] * 200
-    labels = [DEMO_CLASSES[i % 4] for i in range(900)]
-    return Index(list(range(900)), [f"{i:04d}" for i in range(900)], labels, splits, masks=[[(1, str(i))] for i in range(900)])
+    return Source([Row(i, f"{i:04d}", DEMO_CLASSES[i % 4], split, masks=[(1, i)]) for i, split in enumerate(splits)])
 
 
 def index_csv(root, args):
     """A row an image: --image-column, --label-column (several of 0/1: multilabel), optional --split-column,
     --group-column, --mask-column. Paths are below the table's folder, SOURCE, or their images/."""
     file = Path(args.csv) if args.csv else root / "labels.csv"
-    table = read_table(file, [args.image_column, *(args.label_column or []),
+    labels = args.label_column or []
+    labels = [] if labels == ["none"] else labels
+    table = read_table(file, [args.image_column, *labels,
                               *filter(None, (args.split_column, args.group_column, args.mask_column))])
     folders = [folder / part for folder in dict.fromkeys((file.parent, root)) for part in ("", *IMAGE_FOLDERS)]
-    folders = [folder for folder in folders if folder.is_dir()]
     listed = table[args.image_column]
-    paths, names = listed_images(file, listed, folders, root, args)
+    source = Source(listed_rows(listed, [folder for folder in folders if folder.is_dir()], root), table=file)
     if "split" in table and not args.split_column:
         say(f"note: the column \"split\" of {file} is not used; --split-column split takes it")
-    index = Index(paths, names, masks=csv_masks(file, root, table, names, args))
-    columns = args.label_column or (["label"] if "label" in table else [])
-    if len(columns) > 1:
-        index.classes = columns
-        index.labels = flags_of(file, listed, {name: table[name] for name in columns})
-    elif columns:
-        index.labels = table[columns[0]]
-    elif index.masks is None:
-        fail(f"{file}: no column 'label'; it has {some(map(repr, table), 30)}: name one with --label-column")
-    if args.group_column:
-        index.groups = table[args.group_column]
-    if args.split_column:
-        wrong = [f"{value!r} of {name}" for name, value in zip(listed, table[args.split_column])
-                 if value and value.lower() not in SPLIT_NAMES]
-        if wrong:
-            fail(f"{file}: {len(wrong)} splits are none of train, val, test: {some(wrong)}")
-        index.splits = [SPLIT_NAMES.get(value.lower(), "") for value in table[args.split_column]]
-        if "" in index.splits:
-            say(f"note: {index.splits.count('')} images have a blank split: no stage sees them")
-    return merge_repeated(file, drop_missing(index))
-
-
-def csv_masks(file, root, table, names, args):
-    """The masks of a table's images: of --mask-column, or of a folder of masks beside the images, or None."""
     if args.mask_column:
-        folders = [file.parent, root, *(root / name for name in MASK_FOLDERS)]
-        found = locate(table[args.mask_column], [folder for folder in folders if folder.is_dir()])
-        missing = [text or name for text, name, path in zip(table[args.mask_column], names, found) if path is None]
-        if missing and not args.skip_broken:
-            fail(f"{file}: {len(missing)} masks are not there: {some(missing, 20)}. --skip-broken leaves them out")
-        return [[(None, path)] if path else None for path in found]
-    return pair_masks(root, names, files_under(root)[0], args)
+        add_mask_column(source, table[args.mask_column], root, args)
+    elif args.label_column != ["none"]:
+        listed_too = {row.name for row in source.rows}  # an image may stand in a folder called label
+        pair_masks(source, root, [name for name in split_masks(files_under(root)[0])[1] if name not in listed_too], args)
+    if not args.label_column and "label" in table:
+        labels = ["label"]
+    if len(labels) > 1:
+        flags = flags_of(file, table, labels, listed, {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1})
+        fill(source.rows, label=flags)
+        source.classes, source.multilabel = labels, True
+    elif labels:
+        fill(source.rows, label=table[labels[0]])
+    elif args.label_column != ["none"] and not any(row.masks for row in source.rows):
+        fail(f"{file}: no column 'label'; it has {some(map(repr, table), 30)}: name one with --label-column, or none")
+    if args.group_column:
+        fill(source.rows, group=table[args.group_column])
+    if args.split_column:
+        texts = table[args.split_column]
+        wrong = [f"{text!r} of {name}" for name, text in zip(listed, texts) if text and text.lower() not in SPLIT_NAMES]
+        refuse(wrong, f"{file}: {len(wrong)} splits are none of train, val, test")
+        fill(source.rows, split=[SPLIT_NAMES.get(text.lower(), "") for text in texts])
+        if "" in texts:
+            say(f"note: {texts.count('')} images have a blank split: no stage sees them")
+    return source
 
 
-def merge_repeated(file, index):
-    """The index with every image once: rows that say the same of one image are one, others are refused by name."""
+def merge_repeated(source):
+    """Keep every image once: rows that say the same of one image are one, others are refused by name."""
     places = defaultdict(list)
-    for i, item in enumerate(index.items):
-        places[os.path.abspath(item)].append(i)
-    repeated = [at for at in places.values() if len(at) > 1]
-    if not repeated:
-        return index
-
-    def facts(i):
-        label = "" if index.labels is None else str(index.labels[i])
-        return " ".join([label] + [column[i] for column in (index.splits, index.groups) if column]).strip()
-    torn = [f"{index.names[at[0]]} ({' and '.join(sorted({facts(i) for i in at}))})" for at in repeated
-            if len({facts(i) for i in at}) > 1]
-    if torn:
-        fail(f"{file}: {len(torn)} images are listed twice with other labels, splits or groups: {some(torn, 20)}")
-    if index.masks:  # a row a lesion: their masks are united
-        for at in repeated:
-            found = [mask for i in at for mask in index.masks[i] or []]
-            index.masks[at[0]] = list(dict.fromkeys(found)) or None
-    say(f"note: {len(repeated)} images are listed more than once in {file}, with the same label; each counts once: "
-        f"{some(index.names[at[0]] for at in repeated)}")
-    return index.take([at[0] for at in places.values()])
-
-
-def mask_place(name):
-    """Where in the path of a file a folder of masks stands, at the root, below train/ or in a class; None where none
-    does."""
-    folders = name.split("/")[:-1]
-    return next((at for at, folder in enumerate(folders) if folder.lower() in MASK_FOLDERS), None)
-
-
-def pair_masks(root, names, files, args):
-    """[(None, file), ...] for each image of names, of the masks among `files`: those with the same path, but for a folder
-    images/ or masks/ in it, and by name or with _mask, _segmentation, _seg, _gt, _1 behind it. None where the files hold
-    no masks; images without one are named."""
-    keys, found, orphans, taken = {}, defaultdict(list), [], set(names)
-    for name in names:
-        key = os.path.splitext("/".join(part for part in name.split("/") if part.lower() not in IMAGE_FOLDERS))[0]
-        if key in keys:
-            keys[key] = None  # two suffixes
-        keys.setdefault(key, name)
-    for file in files:
-        at = mask_place(file)
-        if at is None or file in taken:
-            continue
-        parts = file.split("/")
-        key = os.path.splitext("/".join(parts[:at] + parts[at + 1:]))[0]
-        key = key if key in keys else MASK_ENDING.sub("", key)
-        if key not in keys:
-            orphans.append(file)
-        elif keys[key] is None:
-            fail(f"{root}: two images called {key} differ by their suffix alone, so that {file} may be the mask of either")
-        else:
-            found[keys[key]].append((None, os.path.join(root, file)))
-    if orphans:
-        say(f"note: {len(orphans)} masks belong to no image and are not used: {some(orphans)}")
-    return require_masks(names, [found[name] for name in names], args) if found or orphans else None
-
-
-def require_masks(names, found, args):
-    """found, with None for images without a mask, which are an error unless --skip-broken."""
-    lacking = [name for name, masks in zip(names, found) if not masks]
-    if lacking and not args.skip_broken:
-        fail(f"{len(lacking)} of {len(names)} images have no mask of their name: {some(lacking, 20)}. --skip-broken leaves "
-             "them out")
-    return [masks or None for masks in found]
+    for row in source.rows:
+        places[os.path.abspath(row.item) if isinstance(row.item, str) else row.item].append(row)
+    repeated = [rows for rows in places.values() if len(rows) > 1]
+    torn = []
+    for rows in repeated:
+        facts = {" ".join(str(fact) for fact in (row.label, row.split, row.group) if fact is not None) for row in rows}
+        if len(facts) > 1:
+            torn.append(f"{rows[0].name} ({' and '.join(sorted(facts))})")
+        if rows[0].masks:  # a row a lesion: their masks are united
+            rows[0].masks = list(dict.fromkeys(mask for row in rows for mask in row.masks or []))
+    refuse(torn, f"{source.table}: {len(torn)} images are listed twice with other labels, splits or groups")
+    if repeated:
+        say(f"note: {len(repeated)} images are listed more than once in {source.table}, with the same label; each counts "
+            f"once: {some(rows[0].name for rows in repeated)}")
+    source.rows = [rows[0] for rows in places.values()]
 
 
 def index_files(root, args):
-    """Images in folders: one per class, or images/ and masks/, or one folder of unlabelled ones (for DINO), each below
-    train/, val/ and test/ or at once (then splits are carved). --layout flat takes no folder for a class."""
+    """Images in folders: one per class, or images/ and masks/, or one folder of unlabelled ones, each below train/, val/
+    and test/ or at once (then splits are carved). --layout flat takes all images, no folder for a class, no masks."""
     files, others = files_under(root)
-    tell_unused(root, others)
-    images, beside = masks_beside([name for name in files if mask_place(name) is None])
-    has_splits = any(split_of(name) for name in images)
-    splits, labels = [], []
-    for name in images:
-        folders = name.split("/")[:-1]
-        splits.append(split_of(name))
-        folders = folders[1:] if splits[-1] and folders[0].lower() in SPLIT_NAMES else folders
-        labels.append(folders[0] if folders and folders[0].lower() not in IMAGE_FOLDERS and args.layout != "flat" else None)
-    if has_splits:
-        stray = [name for name, split in zip(images, splits) if not split]
-        if stray or "train" not in splits:
-            found = sorted({name.split("/")[0] for name in images})
-            fail(f"{root}: expected every image below train/, val/ or test/, train at least; found {some(found)}")
-    if any(labels):
-        homeless = [name for name, label in zip(images, labels) if label is None]
-        if homeless:
-            fail(f"{root}: {len(homeless)} images stand in no class folder, such as {some(homeless, 3)}; move them into folders of "
-                 "their class, or out of here (unlabelled images are for finetune.py --predict, and for DINO by --layout flat)")
-        refuse_empty_classes(root, images, others, has_splits)
-        known = {label for label, split in zip(labels, splits) if split in ("train", "")}
-        strange = sorted(set(labels) - known)
-        if strange:
-            fail(f"{root}: class {some(map(repr, strange))} is not in train, which has {some(sorted(known))}")
-    index = Index([str(root / name) for name in images], images, labels if any(labels) else None,
-                  splits if has_splits else None, masks=pair_masks(root, images, files, args))
-    if beside and index.masks is None:
-        found = [[(None, str(root / mask)) for mask in beside.get(name, [])] for name in images]
-        index.masks = require_masks(images, found, args)
-    return index
+    if others:
+        say(f"note: {len(others)} files of {root} are no images and are not used: {some(others)}")
+    images, masks = split_masks(files)
+    source = Source([Row(str(root / name), name) for name in images])
+    if args.layout == "flat":
+        return source
+    splits = [split_of(name) for name in images]
+    if any(splits):
+        fill(source.rows, split=splits)
+        if not all(splits) or "train" not in splits:
+            tops = sorted({name.split("/")[0] for name in images})
+            fail(f"{root}: expected every image below train/, val/ or test/, train at least; found {some(tops)}")
+    label_by_folder(source, root, others)
+    pair_masks(source, root, masks, args)
+    return source
 
 
 def split_of(name):
@@ -408,91 +486,128 @@ def split_of(name):
     return SPLIT_NAMES.get(folders[0], "") if folders else ""
 
 
-def masks_beside(images):
-    """(images without masks, {image: masks}): files such as a_mask.png and a_mask_1.png beside a.png are its masks."""
-    stems = {os.path.splitext(name)[0]: name for name in images}
-    masks = defaultdict(list)
-    for stem, name in stems.items():
-        base = MASK_ENDING.sub("", stem)
-        if base in stems and re.search(r"_(mask|segmentation|seg|gt)(_\d+)?$", stem, re.IGNORECASE):
-            masks[stems[base]].append(name)
-    taken = {name for found in masks.values() for name in found}
-    return [name for name in images if name not in taken], masks
+def label_by_folder(source, root, others):
+    """Label the rows of folders by the folder that their split has, or the root; images/ is no class."""
+    for row in source.rows:
+        folders = row.name.split("/")[:-1]
+        if row.split and folders[0].lower() in SPLIT_NAMES:
+            folders = folders[1:]
+        if folders and folders[0].lower() not in IMAGE_FOLDERS:
+            row.label = folders[0]
+    homeless = [row.name for row in source.rows if row.label is None]
+    if len(homeless) == len(source.rows):
+        return
+    if homeless:
+        fail(f"{root}: {len(homeless)} images stand in no class folder, such as {some(homeless, 3)}; move them into folders of "
+             "their class, or out of here (unlabelled images are for finetune.py --predict, and for DINO by --layout flat)")
+    known = {row.label for row in source.rows if row.split in ("train", None)}
+    strange = sorted({row.label for row in source.rows} - known)
+    if strange:
+        fail(f"{root}: class {some(map(repr, strange))} is not in train, which has {some(sorted(known))}")
+    classes = {name.rsplit("/", 1)[0] for name in others if "/" in name and mask_place(name) is None}
+    for folder in sorted(classes - {row.name.rsplit("/", 1)[0] for row in source.rows}):
+        inside = [name for name in others if name.startswith(folder + "/")]
+        fail(f"{root / folder}: the class has no images; found {some(inside)}; add some or remove the folder")
 
 
-def refuse_empty_classes(root, images, others, has_splits):
-    """Name a class folder without an image, and what is in it."""
-    places = [root / name for name in os.listdir(root) if name.lower() in SPLIT_NAMES] if has_splits else [root]
-    for folder in sorted(folder for place in places for folder in place.iterdir()):
-        path = below(folder, root) + "/"
-        hidden = folder.name[0] == "." or folder.name == "__MACOSX" or mask_place(path) is not None
-        if folder.is_dir() and not hidden and not any(name.startswith(path) for name in images):
-            inside = [name for name in others if name.startswith(path)]
-            fail(f"{folder}: the class has no images; found {some(inside) or 'nothing'}; add some or remove the folder")
+def mask_place(name):
+    """Where in the path of a file a folder of masks stands, at the root, below train/ or in a class; None where none
+    does."""
+    folders = name.lower().split("/")[:-1]
+    return next((i for i, folder in enumerate(folders) if folder in MASK_FOLDERS), None)
 
 
-def tell_unused(root, others):
-    """Count files that are no images."""
-    if others:
-        say(f"note: {len(others)} files of {root} are no images and are not used: {some(others)}")
+def split_masks(files):
+    """(images, masks) of files: a mask stands in a folder of masks, or as a_mask.png or a_mask_1.png beside a.png."""
+    stems = {os.path.splitext(file)[0] for file in files}
+    images, masks = [], []
+    for file in files:
+        stem = os.path.splitext(file)[0]
+        beside = MASK_BESIDE.search(stem) and MASK_ENDING.sub("", stem) in stems
+        (images if mask_place(file) is None and not beside else masks).append(file)
+    return images, masks
+
+
+def pair_masks(source, root, masks, args):
+    """Give each row its masks: those with the same path, but for a folder images/ or masks/ in it, and by name or with
+    _mask, _segmentation, _seg, _gt, _1 behind it. Images without one are named."""
+    keys = defaultdict(list)
+    for row in source.rows:
+        parts = [part for part in row.name.split("/") if part.lower() not in IMAGE_FOLDERS]
+        keys[os.path.splitext("/".join(parts))[0]].append(row)
+    orphans = []
+    for file in masks:
+        parts = [part for i, part in enumerate(file.split("/")) if i != mask_place(file)
+                 and part.lower() not in IMAGE_FOLDERS]
+        key = os.path.splitext("/".join(parts))[0]
+        owners = keys.get(key) or keys.get(MASK_ENDING.sub("", key)) or []
+        if len(owners) > 1:
+            fail(f"{root}: two images called {key} differ by their suffix alone, so that {file} may be the mask of either")
+        if owners:
+            owners[0].masks = [*(owners[0].masks or []), (None, os.path.join(root, file))]
+        else:
+            orphans.append(file)
+    if orphans:
+        say(f"note: {len(orphans)} masks belong to no image and are not used: {some(orphans)}")
+    if masks:
+        require_masks(source, args)
+
+
+def add_mask_column(source, listed, root, args):
+    """Give each row the mask that its table names."""
+    folders = [source.table.parent, root, *(root / name for name in MASK_FOLDERS)]
+    paths = locate(listed, [folder for folder in folders if folder.is_dir()])
+    missing = [text or row.name for text, row, path in zip(listed, source.rows, paths) if path is None]
+    if not args.skip_broken:
+        refuse(missing, f"{source.table}: {len(missing)} masks are not there; --skip-broken leaves them out")
+    fill(source.rows, masks=[[(None, path)] if path else [] for path in paths])
+
+
+def require_masks(source, args):
+    """Refuse images without a mask where there are masks, unless --skip-broken, which leaves them out later."""
+    lacking = [row.name for row in source.rows if not row.masks]
+    if not args.skip_broken:
+        refuse(lacking, f"{len(lacking)} of {len(source.rows)} images have no mask of their name; --skip-broken leaves "
+               "them out")
+    fill(source.rows, masks=[row.masks or [] for row in source.rows])
 
 
 def index_npz(file, args):
-    """MedMNIST: {train,val,test}_{images,labels}, images (N, S, S) or (N, S, S, 3) uint8, labels (N, 1), or (N, L) 0/1."""
+    """MedMNIST: {train,val,test}_{images,labels}, images (N, S, S) or (N, S, S, 3) uint8, labels (N, 1), or (N, L) 0/1.
+    Its arrays are unpacked beside what is being built, where images are read one at a time."""
+    scratch = partial_of(args.output) / "unpacked"
     try:
         with zipfile.ZipFile(file) as archive:
             keys = {name.removesuffix(".npy") for name in archive.namelist()}
-        parts = [part for part in SPLITS if f"{part}_images" in keys]
-        if not parts or any(f"{part}_labels" not in keys for part in parts):
-            fail(f"{file}: expected train_images, train_labels, val_images, ... as in MedMNIST; found {some(sorted(keys), 12)}")
-        with np.load(file) as arrays:
-            labels = np.concatenate([arrays[f"{part}_labels"].reshape(len(arrays[f"{part}_labels"]), -1) for part in parts])
-        shapes = {part: npy_shape(file, f"{part}_images") for part in parts}
+            parts = [part for part in SPLITS if f"{part}_images" in keys]
+            if not parts or any(f"{part}_labels" not in keys for part in parts):
+                fail(f"{file}: expected train_images, train_labels, val_images, ... as in MedMNIST; found "
+                     f"{some(sorted(keys), 12)}")
+            archive.extractall(scratch, [f"{part}_{what}.npy" for part in parts for what in ("images", "labels")])
+        arrays = {part: [np.load(scratch / f"{part}_{what}.npy", mmap_mode="r") for what in ("images", "labels")]
+                  for part in parts}
     except (zipfile.BadZipFile, OSError, ValueError) as error:
         fail(f"{file}: not a readable .npz ({error})")
-    for part, (shape, dtype) in shapes.items():
-        square = len(shape) in (3, 4) and shape[1] == shape[2] and shape[3:] in ((), (1,), (3,))
-        if not square or dtype != np.uint8:
-            fail(f"{file}: {part}_images is {shape} {dtype}; expected (N, S, S) or (N, S, S, 3) uint8"
-                 + ("; volumes are no images" if len(shape) == 4 and shape[3] not in (1, 3) else ""))
-    names = [f"{part}/{i}" for part in parts for i in range(shapes[part][0][0])]
-    if len(names) != len(labels):
-        fail(f"{file}: {len(names)} images for {len(labels)} labels")
-    index = Index(names, names, splits=[name.split("/")[0] for name in names], stream=Path(file))
-    if labels.shape[1] == 1:
+    source = Source([])
+    for part, (images, labels) in arrays.items():
+        square = images.ndim in (3, 4) and images.shape[1] == images.shape[2] and images.shape[3:] in ((), (1,), (3,))
+        if not square or images.dtype != np.uint8:
+            volumes = "; volumes are no images" if images.ndim == 4 and images.shape[3] not in (1, 3) else ""
+            fail(f"{file}: {part}_images is {images.shape} {images.dtype}; expected (N, S, S) or (N, S, S, 3) uint8{volumes}")
+        if len(images) != len(labels):
+            fail(f"{file}: {len(images)} {part} images for {len(labels)} labels")
+        labels = np.array(labels).reshape(len(labels), -1)
         if (labels != labels.astype(np.int64)).any():
             fail(f"{file}: labels must be whole numbers, one a class")
-        index.labels = [str(int(value)) for value in labels[:, 0]]
-    else:
-        if not np.isin(labels, (0, 1)).all():
-            fail(f"{file}: labels of several columns must be 0 or 1")
-        index.labels = labels.astype(np.uint8)
-        index.classes = args.classes or [f"label_{i}" for i in range(labels.shape[1])]
-    return index
-
-
-def npy_shape(file, key):
-    """(shape, dtype) of an array in an .npz, from its head."""
-    with zipfile.ZipFile(file) as archive, archive.open(f"{key}.npy") as member:
-        np.lib.format.read_magic(member)
-        shape, columns_first, dtype = np.lib.format.read_array_header_1_0(member)
-        if columns_first and len(shape) > 1:
-            fail(f"{file}: {key} is stored in Fortran order; save it as np.ascontiguousarray({key})")
-        return shape, dtype
-
-
-def stream_npz(file, names):
-    """Yield the images "PART/NUMBER" of an .npz one at a time, in the order in which they are stored."""
-    wanted = set(names)
-    for part in dict.fromkeys(name.split("/")[0] for name in names):
-        shape, _ = npy_shape(file, f"{part}_images")
-        with zipfile.ZipFile(file) as archive, archive.open(f"{part}_images.npy") as member:
-            np.lib.format.read_magic(member)
-            np.lib.format.read_array_header_1_0(member)
-            for i in range(shape[0]):
-                pixels = np.frombuffer(member.read(math.prod(shape[1:])), np.uint8).reshape(*shape[1:3], -1)
-                if f"{part}/{i}" in wanted:
-                    yield pixels
+        if labels.shape[1] > 1:
+            source.multilabel = True
+            source.classes = args.classes or [f"label_{k}" for k in range(labels.shape[1])]
+            if not np.isin(labels, (0, 1)).all():
+                fail(f"{file}: labels of several columns must be 0 or 1")
+        for i, label in enumerate(labels):
+            label = label.astype(np.uint8) if source.multilabel else str(int(label[0]))
+            source.rows.append(Row((str(scratch / f"{part}_images.npy"), None, i), f"{part}/{i}", label, part))
+    return source
 
 
 # ---------------------------------------------------------------- layouts: the paper's datasets -------------
@@ -513,25 +628,6 @@ SPECS = {
 CSAWS_VAL = "000 001 012 018 025 030 034 038 053 062 068 075 083 127 131 139 156 181 245 249".split()
 CSAWS_MAPS = ("cancer calcifications axillary_lymph_nodes thick_vessels foreign_object skin nipple text "
               "non-mammary_tissue pectoral_muscle mammary_gland").split()  # the owners' order: first on top
-
-
-def specified(name, index):
-    """The index with what SPECS says of a dataset."""
-    index.metric, mean, std, classes = SPECS[name]
-    index.mean, index.std = [*mean] * (3 // len(mean)), [*std] * (3 // len(std))
-    index.classes = classes.split(", ")
-    index.ordinal = name == "aptos2019"
-    return index
-
-
-def expect(root, *names, inside=()):
-    """root, or the first of its folders `inside` that is there; it must hold `names`."""
-    if not (root / names[0]).exists():
-        root = next((root / folder for folder in inside if (root / folder).is_dir()), root)
-    if not all((root / name).exists() for name in names):
-        fail(f"{root}: this layout has {', '.join(names)} in it; found "
-             f"{some(sorted(os.listdir(root)), 12) or 'an empty folder'}")
-    return root
 
 
 def random_split(count, share, seed, groups=None):
@@ -556,212 +652,160 @@ def random_split(count, share, seed, groups=None):
 
 def index_aptos2019(root, args):
     """train.csv (id_code, diagnosis 0 to 4) and train_images/{id_code}.png: the authors' 70/15/15."""
-    file = expect(root, "train.csv", "train_images") / "train.csv"
-    table = read_table(file, ["id_code", "diagnosis"])
-    listed = [f"{name}.png" for name in table["id_code"]]
+    table = read_table(root / "train.csv", ["id_code", "diagnosis"])
+    rows = listed_rows([f"{name}.png" for name in table["id_code"]], [root / "train_images"], root)
     grades = dict(zip("01234", SPECS["aptos2019"][-1].split(", ")))
-    labels = known_labels(file, listed, table["diagnosis"], grades)
-    paths, names = listed_images(file, listed, [root / "train_images"], root, args)
-    splits = random_split(len(names), 0.3, args.split_seed)
-    return specified("aptos2019", drop_missing(Index(paths, names, labels, splits)))
+    fill(rows, label=[grades.get(grade, grade) for grade in table["diagnosis"]],
+         split=random_split(len(rows), 0.3, args.split_seed))
+    return Source(rows, table=root / "train.csv")
 
 
 def index_ddsm(root, args):
     """ddsm_raw_image_lists/{train,val,test}.txt, a path under ddsm_raw/ a line, such as
     cancer_15-B_3504_1.RIGHT_CC.LJPEG.1.jpg of patient B_3504; or else CBIS-DDSM."""
     if any(root.rglob("*_case_description_t*_set.csv")):
-        return index_cbis_ddsm(root, args)
-    lists = {part: f"ddsm_raw_image_lists/{part}.txt" for part in SPLITS}
-    expect(root, "ddsm_raw", *lists.values())
+        return index_cbis_ddsm(root)
     known = {"normal": "normal", "benign": "abnormal", "cancer": "abnormal"}
-    index = Index([], [], [], [], [])
-    for part, file in lists.items():
-        listed = [line.strip() for line in (root / file).read_text("utf-8-sig").splitlines() if line.strip()]
-        bases = [os.path.basename(name) for name in listed]
-        paths, names = listed_images(root / file, listed, [root / "ddsm_raw"], root, args)
-        index.items += paths
-        index.names += names
-        index.labels += known_labels(root / file, listed, [base.split("_")[0] for base in bases], known)
-        index.splits += [part] * len(listed)
-        index.groups += [(re.search(r"[A-D]_\d{4}(?=_\d)", base) or [base])[0] for base in bases]
-    return specified("ddsm", drop_missing(index))
+    source = Source([], table=root / "ddsm_raw_image_lists")
+    for split in SPLITS:
+        lines = (root / f"ddsm_raw_image_lists/{split}.txt").read_text("utf-8-sig").splitlines()
+        listed = [line.strip() for line in lines if line.strip()]
+        for row in listed_rows(listed, [root / "ddsm_raw"], root):
+            base = os.path.basename(row.name)
+            row.label = known.get(base.split("_")[0], base.split("_")[0])
+            row.group = (re.search(r"[A-D]_\d{4}(?=_\d)", base) or [base])[0]
+            row.split = split
+            source.rows.append(row)
+    return source
 
 
-def index_cbis_ddsm(root, args):
+def index_cbis_ddsm(root):
     """CBIS-DDSM: {mass,calc}_case_description_{train,test}_set.csv of TCIA and the full mammograms, named (or their
     folder) by series or case of "image file path". One MALIGNANT lesion decides."""
-    files, found = {}, {}
+    files = {}
     for name in files_under(root)[0]:
         files[Path(name).stem] = files[Path(name).parent.name] = str(root / name)
     known = {"BENIGN": "benign", "BENIGN_WITHOUT_CALLBACK": "benign", "MALIGNANT": "malignant"}
+    mammograms = {}
     for file in sorted(root.rglob("*_case_description_t*_set.csv")):
         table = read_table(file, ["patient_id", "pathology", "image file path"])
         cases = [path.split("/") for path in table["image file path"]]
         listed = [files.get(case[-2 % len(case)]) or files.get(case[0], case[0]) for case in cases]
-        paths, names = listed_images(file, listed, [""], root, args)
-        labels = known_labels(file, [case[0] for case in cases], table["pathology"], known)
         split = "test" if "_test_" in file.name else "train"
-        for path, name, label, patient in zip(paths, names, labels, table["patient_id"]):
-            before = found.get((split, path), ("", "benign"))[1]
-            found[split, path] = name, max(label, before), patient
-    if "train" not in {split for split, _ in found}:
+        for row, label, patient in zip(listed_rows(listed, [""], root), table["pathology"], table["patient_id"]):
+            label = known.get(label, label)
+            row = mammograms.setdefault((split, row.item or row.name), row)
+            row.split, row.group, row.label = split, patient, max(label, row.label or "benign")
+    if "train" not in {split for split, _ in mammograms}:
         fail(f"{root}: no mass or calc_case_description_train_set.csv in it; found {some(os.listdir(root), 12)}")
-    names, labels, groups = map(list, zip(*found.values()))
-    index = Index([path for _, path in found], names, labels, [split for split, _ in found], groups,
-                  classes=["benign", "malignant"], metric="roc_auc")
-    return drop_missing(index)
+    return Source(list(mammograms.values()), ["benign", "malignant"], metric="roc_auc", table=root)
 
 
 def index_isic2019(root, args):
     """ISIC_2019_Training_GroundTruth.csv (image, one-hot classes) and the JPEGs: the authors' 80/10/10 of images, or
     with --group-column lesion_id of lesions, by ISIC_2019_Training_Metadata.csv."""
-    file = expect(root, "ISIC_2019_Training_GroundTruth.csv") / "ISIC_2019_Training_GroundTruth.csv"
     classes = SPECS["isic2019"][-1].split(", ")
+    file = root / "ISIC_2019_Training_GroundTruth.csv"
     table = read_table(file, ["image", *classes])
-    listed, groups = table["image"], None
-    hot = [""] * len(listed)
-    for name in [*classes, "UNK"]:
-        for i, cell in enumerate(table.get(name, [])):
-            if cell not in ("0", "0.0"):
-                hot[i] = f"{hot[i]} {name}".strip()
-    labels = known_labels(file, listed, hot, {name: name for name in classes})
-    paths, names = listed_images(file, [f"{name}.jpg" for name in listed],
-                                 [root / "ISIC_2019_Training_Input", root / "train"], root, args)
+    ids = table["image"]
+    rows = listed_rows([f"{name}.jpg" for name in ids], [root / "ISIC_2019_Training_Input", root / "train"], root)
+    columns = [name for name in (*classes, "UNK") if name in table]
+    for i, row in enumerate(rows):
+        row.label = " ".join(name for name in columns if table[name][i] not in ("0", "0.0"))
+    groups = None
     if args.group_column:
         meta = read_table(root / "ISIC_2019_Training_Metadata.csv", ["image", args.group_column])
         lesions = dict(zip(meta["image"], meta[args.group_column]))
-        groups = [lesions.get(name) or name for name in listed]  # some 2,000 images name no lesion
-    splits = random_split(len(names), 0.2, args.split_seed, groups)
-    return specified("isic2019", drop_missing(Index(paths, names, labels, splits, groups)))
+        groups = [lesions.get(name) or name for name in ids]  # some 2,000 images name no lesion
+        fill(rows, group=groups)
+    return Source(fill(rows, split=random_split(len(rows), 0.2, args.split_seed, groups)), table=file)
 
 
 def index_chexpert(root, args):
     """train.csv (Path, ..., 14 labels) sorted by Path, its first 20 % held out, whole patients. Blank and -1 are 0
     (U-zeros), a row without a positive is No Finding. --view frontal leaves lateral images out, after the split."""
-    file = expect(root, "train.csv", inside=("CheXpert-v1.0-small", "CheXpert-v1.0")) / "train.csv"
     classes = SPECS["chexpert"][-1].split(", ")
+    file = root / "train.csv"
     table = read_table(file, ["Path", "Frontal/Lateral", *classes])
     names = [re.sub(r"^CheXpert-v1\.0[^/]*/", "", name) for name in table["Path"]]
-    order = sorted(range(len(names)), key=names.__getitem__)
-    names = [names[i] for i in order]
     known = {"": 0, "0": 0, "0.0": 0, "-1": 0, "-1.0": 0, "1": 1, "1.0": 1}
-    flags = np.array([[known.get(table[name][i], 9) for i in order] for name in classes], np.uint8).T
-    wrong = [f"{classes[k]} of {names[i]}" for i, k in np.argwhere(flags == 9)]
-    if wrong:
-        fail(f"{file}: {len(wrong)} labels are none of blank, 0, 1, -1: {some(wrong, 20)}")
+    flags = flags_of(file, table, classes, names, known)
     flags[flags.sum(1) == 0, 0] = 1
     patients = [(re.search(r"patient\d+", name) or [name])[0] for name in names]
-    index = Index([None] * len(names), names, flags, random_split(len(names), 0.2, None, patients), patients)
-    if args.view == "frontal":
-        lateral = [i for i, k in enumerate(order) if table["Frontal/Lateral"][k] != "Frontal"]
-        index.left_out["lateral"] = [names[i] for i in lateral]
-        index = index.take(np.setdiff1d(np.arange(len(names)), lateral).tolist())
-    index.items, _ = listed_images(file, index.names, [file.parent], file.parent, args)
-    return specified("chexpert", drop_missing(index))
+    order = sorted(range(len(names)), key=names.__getitem__)
+    splits = random_split(len(names), 0.2, None, [patients[i] for i in order])
+    lateral = [names[i] for i in order if args.view == "frontal" and table["Frontal/Lateral"][i] != "Frontal"]
+    hidden = set(lateral)
+    kept = [(i, split) for i, split in zip(order, splits) if names[i] not in hidden]
+    rows = listed_rows([names[i] for i, _ in kept], [root], root)
+    fill(rows, label=[flags[i] for i, _ in kept], group=[patients[i] for i, _ in kept], split=[split for _, split in kept])
+    source = Source(rows, multilabel=True, table=file)
+    if lateral:
+        source.left_out["lateral"] = lateral
+    return source
 
 
 def index_camelyon(root, args):
-    """PatchCamelyon's camelyonpatch_level_2_split_{train,valid,test}_{x,y}.h5, its official split; or
-    {train,valid,test}_labels.csv (id, label) with {train,valid,test}/{id}.tif or .png, train at least."""
-    parts = {"train": "train", "valid": "val", "test": "test"}
-    stem = "camelyonpatch_level_2_split"
-    index = Index([], [], [], [])
+    """PatchCamelyon's camelyonpatch_level_2_split_{train,valid,test}_{x,y}.h5, its official split."""
+    source = Source([])
     known = dict(zip("01", SPECS["camelyon"][-1].split(", ")))
-    if any(root.glob("camelyonpatch_*")):
-        expect(root, *(f"{stem}_{part}_{what}.h5" for part in parts for what in "xy"))
-        for part, split in parts.items():
-            file = f"{stem}_{part}_x.h5"
-            x = open_hdf5(str(root / file), "x")
-            y = open_hdf5(str(root / f"{stem}_{part}_y.h5"), "y")
-            if len(x) != len(y) or x.shape[3:] != (3,) or x.dtype != np.uint8:
-                fail(f"{root}/{file}: {x.shape} {x.dtype} for {len(y)} labels; expected (N, 96, 96, 3) uint8")
-            names = [f"{file}:{i}" for i in range(len(y))]
-            index.items += [(str(root / file), "x", i) for i in range(len(y))]
-            index.names += names
-            index.labels += known_labels(file, names, [str(int(value)) for value in y[:].reshape(-1)], known)
-            index.splits += [split] * len(y)
-        return specified("camelyon", index)
-    expect(root, "train_labels.csv", "train")
-    for part, split in parts.items():
-        file = root / f"{part}_labels.csv"
-        if file.exists():
-            table = read_table(file, ["id", "label"])
-            paths, names = listed_images(file, table["id"], [root / part], root, args)
-            index.items += paths
-            index.names += names
-            index.labels += known_labels(file, names, table["label"], known)
-            index.splits += [split] * len(names)
-    if set(index.splits) == {"train"}:
-        index.splits = None
-    return specified("camelyon", drop_missing(index))
-
-
-@cache  # a file a process: h5py's must not be shared by forks
-def hdf5_file(path, process):
-    """An open HDF5 file."""
-    try:
-        import h5py
-    except ImportError:
-        fail(f"{path} is an HDF5 file, for which h5py is missing: pip install h5py")
-    return h5py.File(path, "r")
-
-
-def open_hdf5(path, key):
-    """An array of an HDF5 file, read as it is indexed."""
-    try:
-        return hdf5_file(path, os.getpid())[key]
-    except (OSError, KeyError) as error:
-        fail(f"{path}: no HDF5 file with {key!r} in it ({error})")
+    for part, split in (("train", "train"), ("valid", "val"), ("test", "test")):
+        file = root / f"camelyonpatch_level_2_split_{part}_x.h5"
+        x, y = open_array(file, "x"), open_array(str(file).replace("_x.h5", "_y.h5"), "y")
+        if len(x) != len(y) or x.shape[3:] != (3,) or x.dtype != np.uint8:
+            fail(f"{file}: {x.shape} {x.dtype} for {len(y)} labels; expected (N, 96, 96, 3) uint8")
+        for i, label in enumerate(y[:].reshape(-1)):
+            source.rows.append(Row((str(file), "x", i), f"{file.name}:{i}", known.get(str(label), str(label)), split))
+    return source
 
 
 def index_isic2018(root, args):
     """ISIC2018_Task1-2_Training_Input/{id}.jpg, ISIC2018_Task1_Training_GroundTruth/{id}_segmentation.png: 80/10/10 of
     the sorted ids; official Test folders, if there, are test, and train gets that tenth."""
-    index = Index([], [], splits=[], masks=[], metric="iou")
+    source = Source([], metric="iou")
     for part in ("Training", "Test"):
-        images, masks = f"ISIC2018_Task1-2_{part}_Input", f"ISIC2018_Task1_{part}_GroundTruth"
-        if part == "Test" and not (root / images).is_dir():
-            continue
-        expect(root, images, masks)
-        names = [name for name in files_under(root / images)[0] if name.endswith(".jpg")]
-        found = [[(None, str(root / masks / f"{Path(name).stem}_segmentation.png"))] for name in names]
-        found = [[(None, path)] if os.path.isfile(path) else [] for [(_, path)] in found]
-        index.masks += require_masks([f"{masks}/{Path(name).stem}_segmentation.png" for name in names], found, args)
-        index.items += [str(root / images / name) for name in names]
-        index.names += [f"{images}/{name}" for name in names]
+        images, masks = root / f"ISIC2018_Task1-2_{part}_Input", root / f"ISIC2018_Task1_{part}_GroundTruth"
+        names = [name for name in files_under(images)[0] if name.endswith(".jpg")]
+        rows = [Row(str(images / name), f"{images.name}/{name}") for name in names]
+        for row in rows:
+            mask = masks / f"{Path(row.name).stem}_segmentation.png"
+            row.masks = [(None, str(mask))] if mask.is_file() else []
         if part == "Training":
-            index.splits = random_split(len(names), 0.2, args.split_seed)
-        else:
-            index.splits = ["train" if split == "test" else split for split in index.splits] + ["test"] * len(names)
-    return index
+            fill(rows, split=random_split(len(rows), 0.2, args.split_seed))
+        elif rows:
+            fill(source.rows, split=["train" if row.split == "test" else row.split for row in source.rows])
+            fill(rows, split=["test"] * len(rows))
+        source.rows += rows
+    require_masks(source, args)
+    return source
 
 
 def index_csaws(root, args):
     """CSAW-S: anonymized_dataset/{patient}/{patient}_{n}.png with binary maps {patient}_{n}_{class}.png, the owners' 20
     validation patients, test_data/ with annotators 1 to 3. --tissue takes all 11 classes."""
-    root = expect(root, "anonymized_dataset", "test_data", inside=("CsawS",))
     wanted = CSAWS_MAPS if args.tissue else CSAWS_MAPS[:1]
-    index = Index([], [], splits=[], groups=[], masks=[], metric="iou", mask_classes=["background", "tumour", *wanted[1:]])
-    experts = {f"annotator_{k}": root / "test_data" / f"annotator_{k}" for k in (1, 2, 3)}
+    source = Source([], metric="iou", mask_classes=["background", "tumour", *wanted[1:]])
     for folder in (root / "anonymized_dataset", root / "test_data" / "anonymized_dataset"):
         scans = {}  # an 8-bit duplicate sorts behind its original and takes its place
         for name in files_under(folder)[0]:
             match = re.fullmatch(r".*/(\w+_\d+?)(_8bit)?\.png", f"/{name}")
             if match:
-                scans[match[1]] = str(folder / name)
+                scans[match[1]] = Row(str(folder / name), (folder / name).relative_to(root).as_posix())
         if not scans:
             fail(f"{folder}: no scan such as 000/000_0.png")
-        test = folder.parent != root
-        patients = [stem.rsplit("_", 1)[0] for stem in scans]
-        index.items += scans.values()
-        index.names += [below(path, root) for path in scans.values()]
-        index.groups += patients
-        index.splits += ["test" if test else "val" if patient in CSAWS_VAL else "train" for patient in patients]
-        for name, place in experts.items():
-            masks = csaws_masks(scans, place, wanted) if test else [[] for _ in scans]
-            index.annotators[name] = index.annotators.get(name, []) + masks
-        index.masks += index.annotators["annotator_1"][-len(scans):] if test else csaws_masks(scans, folder, wanted)
-    return index
+        for stem, row in scans.items():
+            row.group = stem.rsplit("_", 1)[0]
+            row.split = "val" if row.group in CSAWS_VAL else "train"
+        if folder.parent == root:
+            fill(scans.values(), masks=csaws_masks(scans, folder, wanted))
+        else:
+            fill(scans.values(), split=["test"] * len(scans))
+            for expert in ("annotator_1", "annotator_2", "annotator_3"):
+                for row, masks in zip(scans.values(), csaws_masks(scans, folder.parent / expert, wanted)):
+                    row.experts[expert] = masks
+                    row.masks = row.masks or masks
+        source.rows += scans.values()
+    return source
 
 
 def csaws_masks(scans, folder, wanted):
@@ -779,19 +823,22 @@ def csaws_masks(scans, folder, wanted):
         masks.append(found or [(0, path) for path in maps.values()][:1])
         if not maps:
             missing.append(stem)
-    if missing:
-        fail(f"{folder}: {len(missing)} of {len(scans)} scans have no map (such as {missing[0]}_cancer.png): "
-             f"{some(missing, 100)}")
+    refuse(missing, f"{folder}: {len(missing)} of {len(scans)} scans have no map, such as 000_0_cancer.png")
     return masks
 
 
 LAYOUTS = {"demo": index_demo, "csv": index_csv, "folder": index_files, "flat": index_files, "medmnist": index_npz,
            "aptos2019": index_aptos2019, "ddsm": index_ddsm, "isic2019": index_isic2019, "chexpert": index_chexpert,
            "camelyon": index_camelyon, "isic2018": index_isic2018, "csaws": index_csaws}
+INSIDE = {"aptos2019": ["train.csv", "train_images"], "isic2019": ["ISIC_2019_Training_GroundTruth.csv"],
+          "ddsm": ["ddsm_raw", *(f"ddsm_raw_image_lists/{part}.txt" for part in SPLITS)],
+          "isic2018": ["ISIC2018_Task1-2_Training_Input", "ISIC2018_Task1_Training_GroundTruth"],
+          "csaws": ["anonymized_dataset", "test_data"], "chexpert": ["train.csv"],
+          "camelyon": [f"camelyonpatch_level_2_split_{part}_{what}.h5" for part in ("train", "valid", "test") for what in "xy"]}
 MARKS = {"aptos2019": ["train_images"], "ddsm": ["ddsm_raw_image_lists"], "isic2018": ["ISIC2018_Task1-2_Training_Input"],
          "isic2019": ["ISIC_2019_Training_GroundTruth.csv"], "csaws": ["anonymized_dataset", "CsawS"],
          "chexpert": ["CheXpert-v1.0-small", "CheXpert-v1.0"],
-         "camelyon": ["camelyonpatch_level_2_split_train_x.h5", "train_labels.csv"]}  # by which each is recognised
+         "camelyon": ["camelyonpatch_level_2_split_train_x.h5"]}  # by which each is recognised
 
 
 def recognise(source, args):
@@ -800,69 +847,115 @@ def recognise(source, args):
     if args.layout == "demo" or args.layout == "auto" and source == "demo" and not path.exists():
         return "demo", path
     if path.is_file():
-        kinds = {".npz": "medmnist", ".csv": "csv", ".tsv": "csv", ".txt": "csv"}
-        kind = kinds.get(path.suffix.lower())
+        kind = {".npz": "medmnist", ".csv": "csv", ".tsv": "csv", ".txt": "csv"}.get(path.suffix.lower())
         if kind is None or args.layout not in ("auto", kind):
-            fail(f"SOURCE {source} is a file; expected a folder, a .csv or an .npz" + (
-                f", for --layout {args.layout} a folder" if args.layout != "auto" else ""))
+            needed = f", for --layout {args.layout} a folder" if args.layout != "auto" else ""
+            fail(f"SOURCE {source} is a file; expected a folder, a .csv or an .npz{needed}")
         if kind == "csv":
             args.csv = args.csv or str(path)
         return kind, path if kind == "medmnist" else path.parent
     if not path.is_dir():
         fail(f"SOURCE {source}: there is no such folder or file (looked in {Path.cwd()})")
-    if args.layout == "medmnist":
+    layout = args.layout if args.layout != "auto" else recognise_folder(path, args)
+    if layout == "medmnist":
         fail(f"SOURCE {source}: --layout medmnist takes the .npz file itself")
-    if args.layout != "auto":
-        return args.layout, path
+    for inside in ("CheXpert-v1.0-small", "CheXpert-v1.0", "CsawS"):
+        if layout in ("chexpert", "csaws") and (path / inside).is_dir():
+            path = path / inside
+    lacking = [name for name in INSIDE.get(layout, []) if not (path / name).exists()]
+    if lacking and not (layout == "ddsm" and any(path.rglob("*_case_description_t*_set.csv"))):
+        fail(f"{path}: this layout has {', '.join(INSIDE[layout])} in it; found "
+             f"{some(sorted(os.listdir(path)), 12) or 'an empty folder'}")
+    return layout, path
+
+
+def recognise_folder(path, args):
+    """The layout of a folder."""
     if args.csv or (path / "labels.csv").is_file():
-        return "csv", path
+        return "csv"
     for name, marks in MARKS.items():
         if any((path / mark).exists() for mark in marks):
-            return name, path
+            return name
     if any(path.rglob("*_case_description_t*_set.csv")):
-        return "ddsm", path
-    if (path / "train.csv").is_file():
-        with open(path / "train.csv", errors="replace") as lines:
-            if "Frontal/Lateral" in lines.readline():
-                return "chexpert", path
-    return "folder", path
+        return "ddsm"
+    if (path / "train.csv").is_file() and "Frontal/Lateral" in (path / "train.csv").open(errors="replace").readline():
+        return "chexpert"
+    return "folder"
 
 
-# ---------------------------------------------------------------- labels and splits -------------------------
+def read_source(layout, root, args):
+    """The Source of a layout, every image of it once and there."""
+    source = LAYOUTS[layout](root, args)
+    if layout in SPECS and not source.classes:
+        source.metric, mean, std, classes = SPECS[layout]
+        source.mean, source.std = [*mean] * (3 // len(mean)), [*std] * (3 // len(std))
+        source.classes, source.ordinal = classes.split(", "), layout == "aptos2019"
+    missing = [row for row in source.rows if row.item is None]
+    if missing:
+        message = (f"{len(missing)} of {len(source.rows)} listed images are not below {root}: "
+                   f"{some((row.name for row in missing), 100)}")
+        if not args.skip_broken:
+            fail(f"{source.table}: {message}. --skip-broken leaves them out")
+        say(f"left out: {message}")
+        leave_out(source, "missing", missing)
+    if source.table:
+        merge_repeated(source)
+        tell_unlisted(source)
+    if not source.rows:
+        fail(f"{root}: no images in it; found {some(sorted(os.listdir(root)), 12) if root.is_dir() else 'nothing'}")
+    odd = [row.name for row in source.rows if row.name.encode("utf-8", "replace").decode() != row.name]
+    if odd:
+        fail(f"{len(odd)} names of files are not UTF-8, such as {ascii(odd[0])}; rename them")
+    return source
 
-def settle_labels(index, args):
-    """The index with its classes in order; labels that are missing, or that may mean the same, are refused by name."""
-    if index.labels is None:
+
+def tell_unlisted(source):
+    """Count the images that lie beside those of a table and are not in it."""
+    known = {os.path.abspath(row.item) for row in source.rows}
+    unlisted = []
+    for folder in sorted({os.path.dirname(path) for path in known}):
+        for entry in os.scandir(folder):
+            image = entry.name[0] != "." and os.path.splitext(entry.name)[1].lower() in SUFFIXES
+            if image and entry.path not in known:
+                unlisted.append(entry.path)
+    if unlisted:
+        say(f"note: {len(unlisted)} images are not listed in {source.table} and not used: {some(sorted(unlisted))}")
+
+
+# ---------------------------------------------------------------- labels ------------------------------------
+
+def settle_labels(source, args):
+    """Put the classes in order; labels that are missing, or that may mean the same, are refused by name."""
+    if source.rows[0].label is None:
         if args.classes:
             fail("--classes names the labels, and this source has none; masks have --mask-classes")
-        return index
-    if isinstance(index.labels, np.ndarray):
-        return settle_flags(index, args)
-    missing = [i for i, label in enumerate(index.labels) if label.lower() in NO_LABEL]
-    if missing:
-        names = [index.names[i] for i in missing]
-        if not args.skip_broken:
-            fail(f"{len(missing)} images have no label (blank, nan or NA): {some(names, 50)}. --skip-broken leaves them out")
-        index.left_out["without a label"] = names
-        index = index.take(np.setdiff1d(np.arange(len(index.labels)), missing).tolist())
-    found = sorted(set(index.labels))
+        return
+    if source.multilabel:
+        return settle_flags(source, args)
+    missing = [row for row in source.rows if row.label.lower() in NO_LABEL]
+    if not args.skip_broken:
+        refuse([row.name for row in missing], f"{len(missing)} images have no label (blank, nan or NA); --skip-broken "
+               "leaves them out")
+    leave_out(source, "without a label", missing)
+    if source.classes:
+        unknown = [f"{row.label!r} of {row.name}" for row in source.rows if row.label not in source.classes]
+        refuse(unknown, f"{source.table}: {len(unknown)} labels are none of {some(source.classes, 14)}")
+        return
+    present = sorted({row.label for row in source.rows})
     alike = defaultdict(list)
-    for name in found:
+    for name in present:
         alike[canonical(name)].append(name)
     for names in alike.values():
         if len(names) > 1:
             fail(f"the labels {' and '.join(map(repr, names))} may be one class: they differ by case, blanks or as numbers "
                  "are written; make them equal")
-    whole = all(re.fullmatch(r"-?\d+(\.0+)?", name) for name in found)  # 10 comes after 2
-    if args.classes and not index.classes:
-        index = name_classes(index, args.classes, sorted(found, key=float) if whole else found)
-        index.ordinal = args.ordinal or whole
-    elif not index.classes:
-        index.classes = sorted(found, key=float) if whole else found
-        index.ordinal = whole
-    if len(index.classes) < 2:
-        say(f"WARNING: there is one class, {index.classes[0]!r}: images for DINO, not for finetune.py or knn_eval.py")
-    return index
+    whole = all(re.fullmatch(r"-?\d+(\.0+)?", name) for name in present)
+    source.classes = sorted(present, key=float) if whole else present  # 10 comes after 2
+    source.ordinal = whole or args.ordinal
+    if args.classes:
+        name_classes(source, args.classes)
+    if len(source.classes) < 2:
+        say(f"WARNING: there is one class, {source.classes[0]!r}: images for DINO, not for finetune.py or knn_eval.py")
 
 
 def canonical(name):
@@ -873,44 +966,46 @@ def canonical(name):
         return re.sub(r"\s+", "", name).casefold()
 
 
-def name_classes(index, classes, found):
-    """The index with --classes: the labels in their order or, of the labels 0, 1, ..., their names."""
-    numbers = [str(i) for i in range(len(classes))]
-    if sorted(classes) == sorted(found):
-        index.classes = classes
-    elif set(map(canonical, found)) <= set(numbers):
-        index.classes = classes
-        index.labels = [classes[int(float(label))] for label in index.labels]
-    else:
-        fail(f"--classes {','.join(classes)}: the labels are {some(found, 30)}; name each of them once")
-    return index
+def name_classes(source, classes):
+    """Take --classes: the labels in their order or, of the labels 0, 1, ..., their names."""
+    if sorted(classes) != sorted(source.classes):
+        if not set(map(canonical, source.classes)) <= set(map(str, range(len(classes)))):
+            fail(f"--classes {','.join(classes)}: the labels are {some(source.classes, 30)}; name each of them once")
+        fill(source.rows, label=[classes[int(float(row.label))] for row in source.rows])
+    source.classes = classes
 
 
-def settle_flags(index, args):
+def settle_flags(source, args):
     """Several 0/1 columns: labels, or classes where every row has exactly one 1."""
-    if args.classes and sorted(args.classes) != sorted(index.classes):
-        fail(f"--classes {','.join(args.classes)}: the columns are {some(index.classes, 30)}")
-    clash = [name for name in index.classes if name in common.FIXED]
-    if clash:
-        fail(f"a class cannot be called {clash[0]!r}, which is a column of labels.csv; rename it")
     if args.classes:
-        index.labels = index.labels[:, [index.classes.index(name) for name in args.classes]]
-        index.classes = args.classes
-    if (index.labels.sum(1) == 1).all():
+        if sorted(args.classes) != sorted(source.classes):
+            fail(f"--classes {','.join(args.classes)}: the columns are {some(source.classes, 30)}")
+        order = [source.classes.index(name) for name in args.classes]
+        fill(source.rows, label=[row.label[order] for row in source.rows])
+        source.classes = args.classes
+    refuse(sorted({*source.classes} & {*common.FIXED}), "a class cannot be called as a column of labels.csv is")
+    if all(row.label.sum() == 1 for row in source.rows):
         say("note: every image has exactly one of the labels: they are taken as classes, not as a multilabel task")
-        index.labels = [index.classes[k] for k in index.labels.argmax(1)]
-    return index
+        fill(source.rows, label=[source.classes[row.label.argmax()] for row in source.rows])
+        source.multilabel = False
 
 
-def settle_groups(index, args):
-    """The index with a group of its own for each image whose group is blank."""
-    blank = [i for i, group in enumerate(index.groups or []) if group.lower() in NO_LABEL]
+def settle_groups(source):
+    """Give each image whose group is blank a group of its own."""
+    blank = [row for row in source.rows if row.group is not None and row.group.lower() in NO_LABEL]
     if blank:
         say(f"note: {len(blank)} images have no group; each counts as one of its own")
-        for i in blank:
-            index.groups[i] = index.names[i]
-    return index
+        fill(blank, group=[row.name for row in blank])
 
+
+def label_text(source, row):
+    """The label of an image as text; of several, their names joined by commas."""
+    if source.multilabel:
+        return ", ".join(name for name, flag in zip(source.classes, row.label) if flag)
+    return row.label or ""
+
+
+# ---------------------------------------------------------------- splits ------------------------------------
 
 def share_out(flags, units, shares, rng, least):
     """Split images into parts of the given shares: [0, 1 or 2] an image. Iterative stratification (Sechidis et al. 2011,
@@ -922,7 +1017,7 @@ def share_out(flags, units, shares, rng, least):
     totals = flags.sum(0)
     parts = [p for p in range(3) if shares[p] > 0]
     one_label = (flags.sum(1) == 1).all()
-    room = fill(len(flags), shares)
+    room = apportion(len(flags), shares)
     if one_label:  # a class of three has one image in each part, even if that makes small parts larger
         common_labels = int((totals >= least).sum())
         for p in parts[1:]:
@@ -961,7 +1056,7 @@ def share_out(flags, units, shares, rng, least):
     return result
 
 
-def fill(count, shares):
+def apportion(count, shares):
     """Whole numbers that sum to count, in proportion to shares; no part is empty where that can be avoided."""
     exact = np.array(shares) * count
     whole = np.floor(exact + 1e-9).astype(int)
@@ -974,50 +1069,39 @@ def fill(count, shares):
     return whole.tolist()
 
 
-def carve(index, args):
-    """index.splits with what is missing carved from train: all of it by --split, or val or test alone."""
-    given = index.splits or ["train"] * len(index.names)
-    present = set(given)
-    shares = list(args.split)
-    if index.splits:
-        shares = [1 - sum(args.split[p] for p in (1, 2) if SPLITS[p] not in present),
-                  *(0 if SPLITS[p] in present else args.split[p] for p in (1, 2))]
-    if index.splits and shares[0] == 1 or not len(given):
-        return given
-    pool = [i for i, name in enumerate(given) if name == "train"]
-    if isinstance(index.labels, np.ndarray):
-        flags = index.labels[pool] > 0
-        least = 7
-    elif index.labels is not None:
-        place = {name: k for k, name in enumerate(index.classes)}
-        flags = np.eye(len(place), dtype=bool)[[place[index.labels[i]] for i in pool]]
-        least = 3
+def carve(source, args):
+    """The split of each row, with what is missing carved from train: all of it by --split, or val or test alone."""
+    splits = [row.split for row in source.rows]
+    given = [name for name in splits if name is not None]
+    pool = [i for i, name in enumerate(splits) if name in (None, "train")]
+    shares = [0 if name in given else share for name, share in zip(SPLITS, args.split)]
+    if given:
+        shares[0] = 1 - sum(shares[1:])
+    if given and shares[0] == 1 or not pool:
+        return splits
+    if source.multilabel:
+        flags = np.array([source.rows[i].label for i in pool]) > 0
+    elif source.classes:
+        flags = np.array([[source.rows[i].label == name for name in source.classes] for i in pool])
     else:
         flags = np.ones((len(pool), 1), bool)
-        least = 3
     members = defaultdict(list)
     for k, i in enumerate(pool):
-        members[index.groups[i] if index.groups else k].append(k)
+        members[k if source.rows[i].group is None else source.rows[i].group].append(k)
     units = list(members.values())
-    parts = share_out(flags, units, shares, np.random.default_rng(args.split_seed), least)
+    parts = share_out(flags, units, shares, np.random.default_rng(args.split_seed), 7 if source.multilabel else 3)
     mend_empty(parts, units, flags, shares)
-    splits = list(given)
     for i, part in zip(pool, parts):
         splits[i] = SPLITS[part]
-    for p, share in enumerate(shares):
-        if share > 0 and SPLITS[p] not in splits:
-            fail(f"{len(pool)} images{f' of {len(units)} groups' if index.groups else ''} are too few to carve a {SPLITS[p]} "
-                 "split from; give one, or another --split")
+    for name, share in zip(SPLITS, shares):
+        if share > 0 and name not in splits:
+            of_groups = f" of {len(units)} groups" if len(units) < len(pool) else ""
+            fail(f"{len(pool)} images{of_groups} are too few to carve a {name} split from; give one, or another --split")
+    if source.classes and not source.multilabel:
+        rare = [name for name, count in Counter(row.label for row in source.rows).items() if count < 3]
+        if rare:
+            say(f"WARNING: {len(rare)} classes have fewer than 3 images, which stay in train: {some(rare)}")
     return splits
-
-
-def warn_of_rare(index, splits):
-    """Say which classes are too small to have been shared out."""
-    if index.labels is None or isinstance(index.labels, np.ndarray) or index.splits == splits:
-        return
-    rare = [name for name, count in Counter(index.labels).items() if count < 3]
-    if rare:
-        say(f"WARNING: {len(rare)} classes have fewer than 3 images, which stay in train: {some(rare)}")
 
 
 def mend_empty(parts, units, flags, shares):
@@ -1033,83 +1117,72 @@ def mend_empty(parts, units, flags, shares):
                     break
 
 
-def check_groups(index, mode):
+def check_groups(source, mode):
     """Patients that stand in two splits: mode "warn" says so, "drop" takes them out of train (of val, where test has
     them), "error" stops. Returns how many."""
     owners = defaultdict(set)
-    for group, split in zip(index.groups or [], index.splits):
-        if split:
-            owners[group].add(split)
-    torn = {group for group, splits in owners.items() if len(splits) > 1}
+    for row in source.rows:
+        if row.group is not None and row.split:
+            owners[row.group].add(row.split)
+    torn = sorted(group for group, splits in owners.items() if len(splits) > 1)
     if not torn:
         return 0
-    names = some(f"{group} ({', '.join(sorted(owners[group]))})" for group in sorted(torn))
+    names = some(f"{group} ({', '.join(sorted(owners[group]))})" for group in torn)
     message = f"{len(torn)} groups (patients) stand in more than one split: {names}"
     if mode == "error":
         fail(f"{message}; --leakage drop takes them out of train, --leakage warn lets them be")
     say(f"WARNING: {message}; {'scores will flatter' if mode == 'warn' else 'taken out of train, or val'}")
     if mode == "drop":
-        for i, group in enumerate(index.groups):
-            later = owners[group] & {"train": {"val", "test"}, "val": {"test"}}.get(index.splits[i], set())
-            if later:
-                index.left_out.setdefault("patient in a later split", []).append(index.names[i])
-                index.splits[i] = ""
+        later = {"train": {"val", "test"}, "val": {"test"}}
+        gone = [row for row in source.rows if owners[row.group] & later.get(row.split, set())]
+        source.left_out["patient in a later split"] = [row.name for row in gone]
+        fill(gone, split=[""] * len(gone))
     return len(torn)
 
 
-def check_duplicates(index, digests, mode):
-    """Identical images in two splits: ({"test_in_train": n, ...}, pairs of them, those with other labels first). mode
-    "warn" says so, "error" stops, "drop" takes them out of train (out of val, where test has them)."""
-    twins = defaultdict(list)
-    for i, digest in enumerate(digests):
-        if index.splits[i]:
-            twins[digest].append(i)
-    leakage, pairs, gone = {}, [], set()
+def check_duplicates(source, digests, mode):
+    """Identical images in two splits: ({"test_in_train": n, ...}, rows of duplicates.csv, those with other labels
+    first). mode "warn" says so, "error" stops, "drop" takes them out of train (out of val, where test has them)."""
+    twins = defaultdict(lambda: defaultdict(list))
+    for row, digest in zip(source.rows, digests):
+        twins[digest][row.split].append(row)
+    leakage, pairs, gone = {}, [], {}
     for inner, outer in (("test", "train"), ("val", "train"), ("test", "val")):
-        count = 0
-        for at in twins.values():
-            inside = [i for i in at if index.splits[i] == inner]
-            outside = [i for i in at if index.splits[i] == outer]
-            count += len(inside) if outside else 0
-            gone.update(outside if inside else [])
-            for i in inside:  # of a picture that is there a thousand times, ten pairs tell enough
-                outside.sort(key=lambda k, i=i: label_text(index, k) == label_text(index, i))
-                pairs += [(i, k) for k in outside[:10]]
-        leakage[f"{inner}_in_{outer}"] = count
+        shared = [splits for splits in twins.values() if splits[inner] and splits[outer]]
+        count = leakage[f"{inner}_in_{outer}"] = sum(len(splits[inner]) for splits in shared)
+        for splits in shared:
+            gone.update((row.name, row) for row in splits[outer])
+            for row in splits[inner]:  # of a picture that is there a thousand times, ten pairs tell enough
+                others = sorted(splits[outer], key=lambda other, row=row: label_text(source, other) == label_text(source, row))
+                pairs += [(row, other) for other in others[:10]]
         if count:
-            total = sum(split == inner for split in index.splits)
-            say(f"WARNING: leakage: {count} of {total} {inner} images also stand in {outer}, pixel for pixel"
-                + ("; scores will flatter" if mode == "warn" else f"; taken out of {outer}" if mode == "drop" else ""))
-    pairs.sort(key=lambda pair: label_text(index, pair[0]) == label_text(index, pair[1]))
-    other = [pair for pair in pairs if label_text(index, pair[0]) != label_text(index, pair[1])]
-    if other:
-        say(f"WARNING: {len(other)} of these pairs have different labels, such as " + some(
-            (f"{index.names[i]} ({label_text(index, i)}) and {index.names[k]} ({label_text(index, k)})" for i, k in other), 3))
-    if pairs and mode == "error":
-        fail(f"{len(pairs)} pairs of identical images stand in two splits, such as {index.names[pairs[0][0]]} and "
-             f"{index.names[pairs[0][1]]}; --leakage drop takes them out of train")
-    rows = [[index.names[i], index.splits[i], label_text(index, i), index.names[k], index.splits[k], label_text(index, k)]
-            for i, k in pairs]
+            total = sum(row.split == inner for row in source.rows)
+            end = {"warn": "; scores will flatter", "drop": f"; taken out of {outer}", "error": ""}[mode]
+            say(f"WARNING: leakage: {count} of {total} {inner} images also stand in {outer}, pixel for pixel{end}")
+    lines = [[row.name, row.split, label_text(source, row), other.name, other.split, label_text(source, other)]
+             for row, other in pairs]
+    lines.sort(key=lambda line: line[2] == line[5])
+    different = [f"{line[0]} ({line[2]}) and {line[3]} ({line[5]})" for line in lines if line[2] != line[5]]
+    if different:
+        say(f"WARNING: {len(different)} of these pairs have different labels, such as {some(different, 3)}")
+    if lines and mode == "error":
+        fail(f"{len(lines)} pairs of identical images stand in two splits, such as {lines[0][0]} and {lines[0][3]}; "
+             "--leakage drop takes them out of train")
     if mode == "drop":
-        for k in gone:
-            index.splits[k] = ""
-        index.left_out["identical to an image of another split"] = [index.names[k] for k in sorted(gone)]
-    return leakage, rows
+        source.left_out["identical to an image of another split"] = sorted(gone)
+        fill(gone.values(), split=[""] * len(gone))
+        for split in SPLITS:
+            if any(split in line for line in lines) and all(row.split != split for row in source.rows):
+                fail(f"nothing is left of {split} once the images of other splits are dropped")
+    return leakage, lines
 
 
-def label_text(index, i):
-    """The label of an image as text; of several, their names joined by commas."""
-    if isinstance(index.labels, np.ndarray):
-        return ", ".join(name for name, flag in zip(index.classes, index.labels[i]) if flag)
-    return "" if index.labels is None else index.labels[i]
-
-
-def check_classes(index):
+def check_classes(source):
     """Refuse classes without a training image, where there is training."""
-    if index.labels is None or isinstance(index.labels, np.ndarray) or "train" not in index.splits:
+    if not source.classes or source.multilabel or all(row.split != "train" for row in source.rows):
         return
-    trained = {label for label, split in zip(index.labels, index.splits) if split == "train"}
-    unseen = [name for name in index.classes if name not in trained]
+    trained = {row.label for row in source.rows if row.split == "train"}
+    unseen = [name for name in source.classes if name not in trained]
     if unseen:
         fail(f"no training image has the label {some(map(repr, unseen))}: give it some, or leave the class out")
 
@@ -1142,13 +1215,10 @@ def read_bright(file):
         image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":
             values = np.asarray(image, dtype=np.float64)
-        elif "A" in image.getbands() or "transparency" in image.info:
-            colour = np.asarray(image.convert("RGBA"))
-            drawn = (colour[..., 3] != colour[0, 0, 3]).any() and (colour[..., :3] == colour[:1, :1, :3]).all()
-            on_black = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image.convert("RGBA"))
-            values = colour[..., 3] if drawn else np.asarray(on_black.convert("L"))
         else:
-            values = np.asarray(image.convert("RGB").convert("L"))
+            colour = np.asarray(image.convert("RGBA"))
+            by_alpha = (colour[..., 3] != colour[0, 0, 3]).any() and (colour[..., :3] == colour[:1, :1, :3]).all()
+            values = colour[..., 3] if by_alpha else np.asarray(on_black(image).convert("RGB").convert("L"))
     top = values.max()
     levels = 2 if noisy else len(np.unique(values))
     if levels > 2 and top < 32:
@@ -1208,66 +1278,54 @@ def widen_by_one(mask):
 
 # ---------------------------------------------------------------- decoding and writing ----------------------
 
-class Rows(torch.utils.data.Dataset):
-    """Decodes one image, with its masks, an item: a dict of arrays, or with "error" alone."""
+class Decoder(torch.utils.data.Dataset):
+    """Decodes a row, with its masks: a dict of "pixels" (side, side, C), "size" (height, width), "note", "digest" of the
+    pixels, "masks" {name: (side, side)}; or of "error" alone."""
 
-    def __init__(self, index, side, fit, classes, ignore):
-        self.index, self.side, self.fit, self.classes, self.ignore = index, side, fit, classes, ignore
+    def __init__(self, rows, side, fit, classes, ignore):
+        self.rows, self.side, self.fit, self.classes, self.ignore = rows, side, fit, classes, ignore
 
     def __len__(self):
-        return len(self.index.items)
+        return len(self.rows)
 
     def __getitem__(self, i):
         try:
-            return self.read(i)
+            return self.decode(self.rows[i])
         # Pillow's plugins raise nearly anything on a damaged file; all are named later
         except Exception as error:
             return {"error": f"{type(error).__name__}: {error}" if type(error) is not ValueError else str(error)}
 
-    def read(self, i):
-        """Row i: pixels (side, side, C), size (height, width), note, digest of the pixels, masks {name: (side, side)}."""
-        item, masks = self.index.items[i], {}
-        if isinstance(item, int):
-            pixels, mask = draw_lesion(item)
-            size, note = pixels.shape[:2], ""
-            masks["masks"] = reduce_mask(mask.astype(np.uint8), self.side, self.fit, 2, None)
-        elif isinstance(item, tuple):
-            path, key, place = item
-            pixels = open_hdf5(path, key)[place]
-            size, note = pixels.shape[:2], ""
+    def decode(self, row):
+        """The dict of a row."""
+        drawn, note = None, ""
+        if isinstance(row.item, int):
+            pixels, drawn = draw_lesion(row.item)
+        elif isinstance(row.item, tuple):
+            path, key, number = row.item
+            pixels = open_array(path, key)[number]
+            pixels = pixels.reshape(*pixels.shape[:2], -1)
+        if isinstance(row.item, str):
+            pixels, size, note = read_image(row.item, self.side)
         else:
-            pixels, size, note = common.read_image(item, self.side)
-        wanted = {"masks": self.index.masks} if self.index.masks and not masks else {}
-        for name, items in (wanted | self.index.annotators).items():
-            if not items[i]:  # an annotator of test alone
-                masks[name] = np.zeros((self.side, self.side), np.uint8)
+            size = pixels.shape[:2]
+        masks = {}
+        for name, files in {"masks": row.masks, **row.experts}.items():
+            if not files:
                 continue
-            mask, remark = read_mask(items[i], self.classes, self.ignore)
+            mask, remark = (drawn.astype(np.uint8), "") if drawn is not None else read_mask(files, self.classes, self.ignore)
             if mask.shape != tuple(size):
                 raise ValueError(f"its mask is {mask.shape[1]}x{mask.shape[0]} pixels, it is {size[1]}x{size[0]}")
             note = "; ".join(filter(None, (note, remark)))
             masks[name] = reduce_mask(mask, self.side, self.fit, self.classes, self.ignore)
-        return squared(pixels, size, note, self.side, self.fit, masks)
+        square = common.to_square(pixels, self.side, self.fit)
+        digest = hashlib.blake2b(square.tobytes() + repr(tuple(size)).encode(), digest_size=8).hexdigest()
+        return {"pixels": square, "size": tuple(map(int, size)), "note": note, "digest": digest, "masks": masks}
 
 
-def squared(pixels, size, note, side, fit, masks):
-    """A decoded image as a row to be written."""
-    square = common.to_square(pixels, side, fit)
-    digest = hashlib.blake2b(square.tobytes() + repr(tuple(size)).encode(), digest_size=8).hexdigest()
-    return {"pixels": square, "size": tuple(map(int, size)), "note": note, "digest": digest, "masks": masks}
-
-
-def decoded_rows(index, side, args):
-    """Yield every row of the index in its order, decoded by --workers processes."""
-    if index.stream:
-        for pixels in stream_npz(index.stream, index.items):
-            yield squared(pixels, pixels.shape[:2], "", side, args.fit, {})
-        return
-    rows = Rows(index, side, args.fit, len(index.mask_classes or [0, 0]), args.ignore)
-    loader = torch.utils.data.DataLoader(rows, batch_size=8, num_workers=args.workers, collate_fn=list,
-                                         prefetch_factor=4 if args.workers else None)
-    for batch in loader:
-        yield from batch
+def end_with_parent(worker):
+    """Let a worker end when its parent is killed: it holds its own pipe open, and would wait for ever."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def npy_header(*shape):
@@ -1277,172 +1335,134 @@ def npy_header(*shape):
     return head.getvalue()
 
 
-def write_arrays(folder, index, side, colour, args):
-    """Decode everything into images.npy and masks*.npy of a folder, one image at a time. Returns (the kept positions,
-    facts {"size", "digest", "note"} of each, {name: why it is broken})."""
+def check_room(folder, source, side, args):
+    """Refuse what would not fit on the disk."""
     room = shutil.disk_usage(folder).free
-    needed = len(index.items) * side * side * ((3 if colour else 1) + bool(index.masks) + len(index.annotators))
+    layers = 3 + bool(source.mask_classes) + max(len(row.experts) for row in source.rows)
+    needed = len(source.rows) * side * side * layers
     if needed > room:
-        fail(f"--output {args.output}: {len(index.items)} images of {side} x {side} take up to {needed / 1e9:.1f} GB and "
+        fail(f"--output {args.output}: {len(source.rows)} images of {side} x {side} take up to {needed / 1e9:.1f} GB and "
              f"{room / 1e9:.1f} GB are free; lower --side, or give a folder on another disk")
-    kept, facts, broken, empty = [], [], {}, Counter()
-    channels, files = 1, {"images": open(folder / "images.npy", "wb")}
-    files["images"].write(npy_header(1, side, side, channels))
-    for i, row in enumerate(tqdm(decoded_rows(index, side, args), "preparing", len(index.items), unit="image")):
-        if "error" in row:
-            broken[index.names[i]] = row["error"]
+
+
+def write_arrays(folder, source, side, args):
+    """Decode everything into images.npy and masks*.npy of a folder, one image at a time. Returns facts {"size", "digest",
+    "note"} of each row; those that are broken leave the source, or are refused by name."""
+    check_room(folder, source, side, args)
+    names = ["images"] + ["masks"] * bool(source.mask_classes)
+    names += sorted({f"masks-{expert}" for row in source.rows for expert in row.experts})
+    files = {name: open(folder / f"{name}.npy", "wb") for name in names}
+    for name, file in files.items():
+        file.write(npy_header(1, side, side, *[3] * (name == "images")))
+    blank = np.zeros((side, side), np.uint8)
+    facts, broken, broken_rows, count = [], {}, [], Counter()
+    decoder = Decoder(source.rows, side, args.fit, len(source.mask_classes or [0, 0]), args.ignore)
+    loader = torch.utils.data.DataLoader(decoder, batch_size=8, num_workers=args.workers, collate_fn=list,
+                                         worker_init_fn=end_with_parent, prefetch_factor=4 if args.workers else None)
+    decoded = (fact for batch in loader for fact in batch)
+    for row, fact in zip(source.rows, tqdm(decoded, "preparing", len(source.rows), unit="image")):
+        if "error" in fact:
+            broken[row.name] = fact["error"]
+            broken_rows.append(row)
             continue
-        if row["pixels"].shape[2] > channels:  # the first colour: what is written so far was grey
-            files["images"] = spread_channels(files["images"], len(kept), side)
-            channels = 3
-        files["images"].write(np.broadcast_to(row["pixels"], (side, side, channels)).tobytes())
-        for name, mask in row.pop("masks").items():
-            if name not in files:
-                files[name] = open(folder / f"{name if name == 'masks' else f'masks-{name}'}.npy", "wb")
-                files[name].write(npy_header(1, side, side))
-            files[name].write(mask.tobytes())
-            empty["empty"] += name == "masks" and not mask.any()
-            empty["full"] += name == "masks" and bool(mask.all())
-        del row["pixels"]
-        kept.append(i)
-        facts.append(row)
+        pixels, masks = fact.pop("pixels"), fact.pop("masks")
+        files["images"].write(np.broadcast_to(pixels, (side, side, 3)).tobytes())
+        for name in names[1:]:
+            files[name].write(masks.get(name.removeprefix("masks-"), blank).tobytes())
+        count["colour"] += pixels.shape[2] == 3
+        count["empty"] += "masks" in masks and not masks["masks"].any()
+        count["full"] += "masks" in masks and bool(masks["masks"].all())
+        facts.append(fact)
     for name, file in files.items():
         file.seek(0)
-        file.write(npy_header(len(kept), side, side, *([channels] if name == "images" else [])))
+        file.write(npy_header(len(facts), side, side, *[3] * (name == "images")))
         file.close()
-    for what, count in empty.items():
-        if count:
-            say(f"{'WARNING: all' if count == len(kept) else 'note:'} {count} of {len(kept)} masks are {what}"
-                + ("; is the foreground what is bright in them?" if count == len(kept) else ""))
-    return kept, facts, broken
+    report_broken(source, broken, broken_rows, args)
+    if not count["colour"]:
+        keep_one_channel(folder / "images.npy")
+    for what in ("empty", "full"):
+        if count[what] == len(facts):
+            say(f"WARNING: all {count[what]} of {len(facts)} masks are {what}; is the foreground what is bright in them?")
+        elif count[what]:
+            say(f"note: {count[what]} of {len(facts)} masks are {what}")
+    return facts
 
 
-def spread_channels(file, count, side):
-    """Rewrite an open file of `count` grey images with three equal channels; returns it, open at its end."""
-    file.close()
-    path = Path(file.name)
-    grey = path.rename(path.with_suffix(".grey"))
-    wide = open(path, "wb")
-    wide.write(npy_header(1, side, side, 3))
-    with open(grey, "rb") as pixels:
-        pixels.seek(len(npy_header(1, side, side, 1)))
-        for _ in range(count):
-            wide.write(np.frombuffer(pixels.read(side * side), np.uint8).repeat(3).tobytes())
-    grey.unlink()
-    return wide
+def report_broken(source, broken, rows, args):
+    """Name the rows that cannot be used, {name: why}: an error without --skip-broken, else they leave the source."""
+    if not broken:
+        return
+    reasons = "; ".join(f"{name} ({why})" for name, why in broken.items())
+    message = f"{len(broken)} of {len(source.rows)} images cannot be used: {reasons}"
+    if not args.skip_broken or len(broken) == len(source.rows):
+        fail(f"{message}. Mend or remove them, or leave them out with --skip-broken")
+    say(f"left out: {message}")
+    leave_out(source, "broken", rows)
 
 
-def look_at_heads(index):
-    """({(width, height): images}, {bits a channel: images}, whether any is in colour) of up to 1,000 images, from the
-    heads of their files."""
-    sizes, bits, colour = Counter(), Counter(), False
-    for i in np.unique(np.linspace(0, len(index.items) - 1, min(len(index.items), 1000)).astype(int)):
-        item = index.items[i]
+def keep_one_channel(path):
+    """Rewrite images.npy of images that are all grey with one channel."""
+    wide = np.load(path, mmap_mode="r")
+    with open(path.with_suffix(".grey"), "wb") as file:
+        file.write(npy_header(*wide.shape[:3], 1))
+        for image in wide:
+            file.write(image[..., 0].tobytes())
+    os.replace(path.with_suffix(".grey"), path)
+
+
+def look_at_heads(rows):
+    """({(width, height): images}, {bits a channel: images}) of up to 1,000 images, from the heads of their files."""
+    sizes, bits = Counter(), Counter()
+    for i in np.unique(np.linspace(0, len(rows) - 1, min(len(rows), 1000)).astype(int)):
+        item = rows[i].item
+        depth = 8
         try:
-            if index.stream:
-                shape = npy_shape(index.stream, f"{item.split('/')[0]}_images")[0]
-                sizes[shape[2], shape[1]] += 1
-                bits[8] += 1
-                colour = colour or shape[3:] == (3,)
-            elif isinstance(item, (int, tuple)):
-                shape = (128, 128) if isinstance(item, int) else open_hdf5(item[0], item[1]).shape[1:]
-                sizes[shape[1], shape[0]] += 1
-                bits[8] += 1
-                colour = True
-            elif common.is_dicom(item):
-                head = common.import_pydicom().dcmread(item, stop_before_pixels=True)
-                sizes[int(head.Columns), int(head.Rows)] += 1
-                bits[int(head.BitsStored)] += 1
-                colour = colour or head.SamplesPerPixel > 1
+            if isinstance(item, int):
+                width, height = 128, 128
+            elif isinstance(item, tuple):
+                height, width = open_array(*item[:2]).shape[1:3]
+            elif is_dicom(item):
+                head = import_pydicom().dcmread(item, stop_before_pixels=True)
+                width, height, depth = int(head.Columns), int(head.Rows), int(head.BitsStored)
             else:
                 with Image.open(item) as image:
-                    sizes[image.size] += 1
-                    colour = colour or image.mode[0] not in "1LIF"
-                    bits[16 if common.is_deep(image) else {"1": 1, "I": 16, "F": 32}.get(image.mode.split(";")[0], 8)] += 1
-        except Exception:  # a damaged file, a package that is missing: decoding says so
+                    (width, height), depth = image.size, bits_of(image)
+        except Exception:  # a damaged file: decoding says so
             continue
-    return sizes, bits, colour
+        sizes[width, height] += 1
+        bits[depth] += 1
+    return sizes, bits
 
 
 # ---------------------------------------------------------------- the prepared folder -----------------------
 
-def write_labels(folder, index, facts):
+def write_labels(folder, source, facts):
     """labels.csv: a row an image."""
-    head = ["image", "split"] + ["group"] * bool(index.groups) + ["height", "width"]
-    many = isinstance(index.labels, np.ndarray)
-    head += index.classes if many else ["label"] if index.labels is not None else []
-    rows = []
-    for i, name in enumerate(index.names):
-        row = [name, index.splits[i]] + ([index.groups[i]] if index.groups else []) + [*facts[i]["size"]]
-        row += index.labels[i].tolist() if many else [index.labels[i]] if index.labels is not None else []
-        rows.append(row)
-    common.write_table(folder / "labels.csv", head, rows)
+    grouped = any(row.group is not None for row in source.rows)
+    head = ["image", "split"] + ["group"] * grouped + ["height", "width"]
+    if source.classes:
+        head += source.classes if source.multilabel else ["label"]
+    lines = []
+    for row, fact in zip(source.rows, facts):
+        labels = row.label.tolist() if source.multilabel else [row.label] * bool(source.classes)
+        lines.append([row.name, row.split, *[row.group] * grouped, *fact["size"], *labels])
+    common.write_table(folder / "labels.csv", head, lines)
 
 
-def outlined(picture, mask):
-    """A picture (h, w, 3) uint8 with the outline of each class of a mask (h, w), in its colour."""
-    picture = picture.copy()
-    for value in np.unique(mask[mask > 0]):
-        inside = Image.fromarray((mask == value).astype(np.uint8))
-        edge = (np.asarray(inside) > 0) & (np.asarray(inside.filter(ImageFilter.MinFilter(5))) == 0)
-        picture[edge] = ImageColor.getrgb(common.COLOURS[value % len(common.COLOURS)])
-    return picture
-
-
-def contact_sheet(folder, count=6):
-    """Draw training images, `count` of each class a row, or 4 rows, with the outlines of their masks."""
-    dataset = common.open_dataset(folder)
-    rows = next((found for found in dataset.rows.values() if len(found)), np.arange(len(dataset.paths)))
-
-    def spread(at, most):
-        return at[np.linspace(0, len(at) - 1, min(most, len(at))).astype(int)]
-    names, picks = None, []
-    if dataset.task is None:
-        picks = spread(rows, 4 * count)
-        picks = np.array_split(picks, math.ceil(len(picks) / count))
-    else:
-        names = []
-        for k, name in enumerate(dataset.classes[:30]):
-            labels = dataset.labels[rows]
-            of_it = rows[labels == k] if dataset.task == "classes" else rows[labels[:, k] > 0]
-            if len(of_it):
-                names.append(name)
-                picks.append(spread(of_it, count))
-    pictures = [[] for _ in picks]
-    for line, chosen in zip(pictures, picks):
-        for row in chosen:
-            size = dataset.sizes[row]
-            picture = common.in_proportion(dataset.images[row], size, dataset.fit, 256)
-            if dataset.masks is not None:
-                mask = common.from_square(dataset.masks[row], *picture.shape[:2], dataset.fit, Image.Resampling.NEAREST)
-                picture = outlined(picture, mask)
-            line.append(picture)
-    common.draw_grid(folder / "contact_sheet.png", pictures, row_labels=names, title=dataset.name)
-
-
-def summarise(folder, sizes, bits, facts):
-    """Print what was understood: images per split and class, sizes, channels, bit depth, groups."""
-    dataset = common.open_dataset(folder)
-    table = [["images", *dataset.counts.values()]]
-    for k, name in enumerate(dataset.classes):
-        cells = [dataset.labels[rows] for rows in dataset.rows.values()]
-        table.append([f"  {name}", *(int(np.sum(c == k if dataset.task == "classes" else c[:, k])) for c in cells)])
-    if dataset.groups:
-        table.append(["groups", *(len(set(dataset.groups_of(rows))) for rows in dataset.rows.values())])
-    if dataset.masks is not None:
-        table.append(["masks", *dataset.counts.values()])
-    common.print_table(["", *dataset.rows], table)
-    if sizes:
-        (width, height), count = sizes.most_common(1)[0]
-        say(f"sizes: most often {width}x{height} ({count} of {sizes.total()} looked at), short side from "
-            f"{min(map(min, sizes))}, long side to {max(map(max, sizes))}")
-    say("bits a channel: " + ", ".join(f"{value} ({n} images)" for value, n in sorted(bits.items())))
-    say(f"arrays: {len(dataset.paths)} images of {dataset.side} x {dataset.side}, {dataset.images.shape[3]} "
-        f"channel{'s' * (dataset.images.shape[3] > 1)}, fit {dataset.fit}")
-    repeats = len(facts) - len({fact["digest"] for fact in facts})
-    leaks = [f"; {n} {name.replace('_', ' ')}" for name, n in dataset.leakage.items() if n]
-    say(f"duplicates: {repeats} images equal another one" + "".join(leaks))
-    say(f"mean {dataset.mean}, standard deviation {dataset.std}, headline metric {dataset.metric}")
+def write_meta(folder, source, args, side, **own):
+    """dataset.json."""
+    images = np.load(folder / "images.npy", mmap_mode="r")
+    if source.mean is None:
+        train = np.flatnonzero([row.split == "train" for row in source.rows])
+        source.mean, source.std = common.measure(images, train if len(train) else np.arange(len(images)))
+    kind = "roc_auc" if source.multilabel else "accuracy" if source.classes else "iou"
+    common.write_json(folder / "dataset.json", {
+        "version": VERSION, "name": Path(args.output).resolve().name, "side": side, "fit": args.fit,
+        "channels": images.shape[3], "classes": source.classes or [], "ordinal": source.ordinal,
+        "mask_classes": source.mask_classes or [], "ignore": args.ignore, "metric": source.metric or kind,
+        "masks": digest_of(folder / "masks.npy") if source.mask_classes else None, "mean": source.mean,
+        "std": source.std, "layout": args.layout, "source": args.source, "command": args.command,
+        "arguments": compared(args), "left_out": source.left_out, **own})
 
 
 def digest_of(file):
@@ -1454,87 +1474,114 @@ def digest_of(file):
     return digest.hexdigest()
 
 
-def build(folder, args, root):
-    """Prepare everything into a folder: (sizes, bits, facts of each row) for the summary."""
-    index = LAYOUTS[args.layout](root, args)
-    if not index.items:
-        fail(f"{root}: no images in it; found {some(sorted(os.listdir(root)), 12) if root.is_dir() else 'nothing'}")
-    odd = [name for name in index.names if name.encode("utf-8", "replace").decode() != name]
-    if odd:
-        fail(f"{len(odd)} names of files are not UTF-8, such as {ascii(odd[0])}; rename them")
-    index = settle_groups(settle_labels(index, args), args)
-    if index.masks:
-        index.mask_classes = index.mask_classes or args.mask_classes or ["background", "lesion"]
-        bare = [i for i, item in enumerate(index.masks) if not item]
-        if bare:
-            index.left_out["without a mask"] = [index.names[i] for i in bare]
-            index = index.take(np.setdiff1d(np.arange(len(index.items)), bare).tolist())
+def contact_sheet(folder, count=6):
+    """Draw training images, `count` of each class a row, or 4 rows, with the outlines of their masks."""
+    dataset = common.open_dataset(folder)
+    rows = next((rows for rows in dataset.rows.values() if len(rows)), np.arange(len(dataset.paths)))
+    members = {}
+    for k, name in enumerate(dataset.classes[:30]):
+        labels = dataset.labels[rows]
+        members[name] = rows[labels == k] if dataset.task == "classes" else rows[labels[:, k] > 0]
+    if not members:
+        members = {"": rows[:count], " ": rows[count:2 * count], "  ": rows[2 * count:3 * count]}
+    members = {name: rows for name, rows in members.items() if len(rows)}
+    pictures, outlines = [], []
+    for rows in members.values():
+        rows = rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
+        shapes = [(dataset.sizes[row], dataset.fit, 256) for row in rows]
+        pictures.append([common.in_proportion(dataset.images[row], *shape) for row, shape in zip(rows, shapes)])
+        outlines.append([[] for _ in rows])
+        if dataset.masks is not None:
+            for row, shape, cell in zip(rows, shapes, outlines[-1]):
+                mask = common.in_proportion(dataset.masks[row], *shape, Image.Resampling.NEAREST)
+                cell += [(mask == value, common.COLOURS[value % 7]) for value in np.unique(mask[mask > 0])]
+    common.draw_grid(folder / "contact_sheet.png", pictures, row_labels=list(members), title=dataset.name, outlines=outlines)
+
+
+def summarise(folder, sizes, bits, facts):
+    """Print what was understood: images per split and class, sizes, channels, bit depth, groups."""
+    dataset = common.open_dataset(folder)
+    table = [["images", *dataset.counts.values()]]
+    for k, name in enumerate(dataset.classes):
+        labels = [dataset.labels[rows] for rows in dataset.rows.values()]
+        table.append([f"  {name}", *(int(np.sum(y == k if dataset.task == "classes" else y[:, k])) for y in labels)])
+    if dataset.groups:
+        table.append(["groups", *(len(set(dataset.groups_of(rows))) for rows in dataset.rows.values())])
+    if dataset.masks is not None:
+        table.append(["masks", *dataset.counts.values()])
+    common.print_table(["", *dataset.rows], table)
+    if sizes:
+        (width, height), count = sizes.most_common(1)[0]
+        say(f"sizes: most often {width}x{height} ({count} of {sizes.total()} looked at), short side from "
+            f"{min(map(min, sizes))}, long side to {max(map(max, sizes))}")
+    say("bits a channel: " + ", ".join(f"{value} ({n} images)" for value, n in sorted(bits.items())))
+    channels = dataset.images.shape[3]
+    say(f"arrays: {len(dataset.paths)} images of {dataset.side} x {dataset.side}, {channels} channel{'s' * (channels > 1)}, "
+        f"fit {dataset.fit}")
+    repeats = len(facts) - len({fact["digest"] for fact in facts})
+    leaks = [f"; {n} {name.replace('_', ' ')}" for name, n in dataset.leakage.items() if n]
+    say(f"duplicates: {repeats} images equal another one" + "".join(leaks))
+    say(f"mean {dataset.mean}, standard deviation {dataset.std}, headline metric {dataset.metric}")
+
+
+def choose_side(sizes, args):
+    """--side, or the median short side of the images where that is smaller."""
+    short = sorted(min(size) for size in sizes.elements())
+    if args.enlarge or not short or short[len(short) // 2] >= args.side:
+        return args.side
+    side = short[len(short) // 2]
+    say(f"side {side}: the images are no larger (half of them have a short side of {side} or less)")
+    return side
+
+
+def settle_masks(source, args):
+    """Name the classes of the masks; images without one, which --skip-broken has let pass, are left out."""
+    if any(row.masks for row in source.rows):
+        source.mask_classes = source.mask_classes or args.mask_classes or ["background", "lesion"]
+        leave_out(source, "without a mask", [row for row in source.rows if not row.masks])
     elif args.mask_classes or args.ignore is not None:
         fail("--mask-classes, --ignore: this source has no masks")
-    carve(index, args)  # what cannot be split is said before hours of decoding
-    if index.splits:
-        check_classes(index)
-    sizes, bits, colour = look_at_heads(index)
-    short = sorted(min(size) for size in sizes.elements())
-    side = min(args.side, short[len(short) // 2]) if short else args.side
-    if side < args.side:
-        say(f"side {side}: the images are no larger (half of them have a short side of {side} or less)")
-    kept, facts, broken = write_arrays(folder, index, side, colour, args)
-    if broken:
-        message = f"{len(broken)} of {len(index.items)} images cannot be used: " + "; ".join(
-            f"{name} ({why})" for name, why in broken.items())
-        if not args.skip_broken:
-            fail(message + ". Mend or remove them, or leave them out with --skip-broken")
-        if not kept:
-            fail(message)
-        say(f"left out: {message}")
-        index.left_out["broken"] = [f"{name}: {why}" for name, why in broken.items()]
-        index = index.take(kept)
+
+
+def build(folder, args, root):
+    """Prepare everything into a folder: (sizes, bits, facts of each row) for the summary."""
+    source = read_source(args.layout, root, args)
+    settle_labels(source, args)
+    settle_groups(source)
+    settle_masks(source, args)
+    splits = carve(source, args)  # what cannot be split is said before hours of decoding
+    check_classes(source)
+    sizes, bits = look_at_heads(source.rows)
+    side = choose_side(sizes, args)
+    facts = write_arrays(folder, source, side, args)
+    shutil.rmtree(folder / "unpacked", ignore_errors=True)
     small = sum(min(fact["size"]) < side for fact in facts)
     if small:
-        say(f"note: {small} of {len(kept)} images have a side below {side} pixels and are enlarged")
-    notes = [f"{name}: {fact['note']}" for name, fact in zip(index.names, facts) if fact["note"]]
+        say(f"note: {small} of {len(facts)} images have a side below {side} pixels and are enlarged")
+    notes = [f"{row.name}: {fact['note']}" for row, fact in zip(source.rows, facts) if fact["note"]]
     if notes:
         say(f"note: {len(notes)} images were not taken as they are: {some(notes)}")
-    splits = carve(index, args)
-    warn_of_rare(index, splits)
-    index.splits = splits
-    torn = check_groups(index, args.leakage or ("error" if args.layout == "csv" else "warn"))
-    leakage, pairs = check_duplicates(index, [fact["digest"] for fact in facts], args.leakage or "warn")
-    for name in SPLITS:
-        if args.leakage == "drop" and name not in index.splits and any(name in pair for pair in pairs):
-            fail(f"nothing is left of {name} once the images of other splits are dropped")
-    check_classes(index)
+
+    fill(source.rows, split=splits if len(splits) == len(source.rows) else carve(source, args))
+    torn = check_groups(source, args.leakage or ("error" if args.layout == "csv" else "warn"))
+    leakage, pairs = check_duplicates(source, [fact["digest"] for fact in facts], args.leakage or "warn")
+    check_classes(source)
     if pairs:
         head = ["image", "split", "label", "other_image", "other_split", "other_label"]
         common.write_table(folder / "duplicates.csv", head, pairs)
-    write_labels(folder, index, facts)
-    images = np.load(folder / "images.npy", mmap_mode="r")
-    if index.mean is None:
-        train = np.flatnonzero([split == "train" for split in index.splits])
-        index.mean, index.std = common.measure(images, train if len(train) else np.arange(len(images)))
-    common.write_json(folder / "dataset.json", {
-        "version": VERSION, "name": Path(args.output).resolve().name, "side": side, "fit": args.fit,
-        "channels": images.shape[3], "classes": index.classes if index.labels is not None else [],
-        "ordinal": index.ordinal, "mask_classes": index.mask_classes or [], "ignore": args.ignore,
-        "metric": index.metric or ("roc_auc" if isinstance(index.labels, np.ndarray) else
-                                   "accuracy" if index.labels is not None else "iou"),
-        "masks": digest_of(folder / "masks.npy") if index.masks else None, "mean": index.mean, "std": index.std,
-        "layout": args.layout, "source": args.source,
-        "command": shlex.join(sys.argv), "arguments": compared(args), "leakage": leakage, "groups_in_two_splits": torn,
-        "left_out": index.left_out, "notes": notes})
+        say(f"the {len(pairs)} pairs of identical images are in {args.output}/duplicates.csv")
+    write_labels(folder, source, facts)
+    write_meta(folder, source, args, side, leakage=leakage, groups_in_two_splits=torn, notes=notes)
     contact_sheet(folder)
-    for why, names in index.left_out.items():
+    for why, names in source.left_out.items():
         if why not in ("missing", "broken"):  # said when they were met
             say(f"left out, {why}: {len(names)} images ({some(names)})")
-    if pairs:
-        say(f"the {len(pairs)} pairs of identical images are in {args.output}/duplicates.csv")
     return sizes, bits, facts
 
 
 def compared(args):
     """The arguments that decide what is in the folder."""
-    return {name: value for name, value in vars(args).items() if name not in ("output", "overwrite", "workers")}
+    return {name: value for name, value in vars(args).items() if name not in ("output", "overwrite", "workers", "command")}
 
 
 def check_output(folder, args):
@@ -1544,7 +1591,8 @@ def check_output(folder, args):
         fail(f"--output {folder}: expected a folder of its own, such as data/NAME")
     if args.layout != "demo" and (place == source or place in source.parents):
         fail(f"--output {folder} is SOURCE, or the folder around it; give another, such as data/NAME")
-    if args.layout in ("folder", "flat") and source in place.parents:
+    hidden = any(part.startswith(".") for part in place.parts[len(source.parts):])
+    if args.layout in ("folder", "flat") and source in place.parents and not hidden:
         fail(f"--output {folder} lies in SOURCE, where its pictures would be taken for images; give a folder beside it")
 
 
@@ -1568,14 +1616,20 @@ def already_there(folder, args):
     return True
 
 
-def main():
-    """Build into NAME.partial, rename it when it is whole."""
-    args = arguments()
+def partial_of(folder):
+    """Where a folder is built."""
+    return Path(f"{folder}.partial")
+
+
+def main(argv=None):
+    """Build into NAME.partial, rename it when it is whole. argv: the command line, where a stage calls."""
+    args = arguments(argv)
+    args.command = shlex.join(["prepare.py", *(argv or sys.argv[1:])])
     folder = Path(args.output)
     args.layout, root = recognise(args.source, args)
     args.source = "demo" if args.layout == "demo" else str(Path(args.source).resolve())
     check_output(folder, args)
-    partial = folder.with_name(folder.name + ".partial")
+    partial = partial_of(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(folder.with_name(f".{folder.name}.lock")):  # a second one waits, then finds it built

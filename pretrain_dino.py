@@ -12,7 +12,6 @@ import copy
 import math
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -87,9 +86,10 @@ def arguments():
         low, high = getattr(args, name) or (0.5, 1)
         if not 0 < low <= high <= 1:
             fail(f"--{name.replace('_', '-')} {low} {high}: expected 0 < LOW <= HIGH <= 1")
-    for name in ("local_crops", "koleo", "probe_every", "accumulate", "teacher_temp", "student_temp"):
-        value, low = getattr(args, name), {"accumulate": 1}.get(name, 0)
-        if value is not None and (value < low or value == 0 and name.endswith("temp")):
+    least = {"local_crops": 0, "koleo": 0, "probe_every": 0, "accumulate": 1, "teacher_temp": 1e-6, "student_temp": 1e-6}
+    for name, low in least.items():
+        value = getattr(args, name)
+        if value is not None and value < low:
             fail(f"--{name.replace('_', '-')} {value}: too small")
     if args.export and not args.export.endswith(".safetensors"):
         fail(f"--export {args.export}: the name must end in .safetensors")
@@ -98,25 +98,25 @@ def arguments():
     return args
 
 
-def with_recipe(args, images, run):
-    """The settings of this run: the flags that were given, the rest from the recipe."""
-    small = args.init == "random" and images < SMALL
-    name = args.recipe if args.recipe != "auto" else "small" if small else "paper"
-    patches = getattr(common.create(args.arch, 0, args.image_size), "patch_embed", None)  # None: a CNN
-    patch = getattr(patches, "patch_size", 16)
-    patch = max(patch) if isinstance(patch, tuple) else patch
-    defaults = {**RECIPES[name], **(SMALL_CNN if name == "small" and patches is None else {}),
-                "local_size": max(1, round(args.image_size * 3 / 7 / patch)) * patch}  # 96 at 224
-    given = {k: v for k, v in vars(args).items() if v is not None}
-    settings = SimpleNamespace(**{**vars(args), **defaults, **given, "recipe": name})
-    if patches is not None and settings.local_size % patch:
-        fail(f"--local-size {settings.local_size} is no multiple of the {patch}-pixel patches of {args.arch}")
-    if settings.batch_size % settings.accumulate:
-        fail(f"--accumulate {settings.accumulate} does not divide --batch-size {settings.batch_size}")
-    if images < settings.batch_size:
-        fail(f"--batch-size {settings.batch_size} is more than the {images} training images")
-    common.own_share(settings.batch_size // settings.accumulate, run, "--batch-size / --accumulate")
-    return settings
+def apply_recipe(args, images, run):
+    """Fill the flags that were not given from the recipe, in place, and check what hangs together."""
+    if args.recipe == "auto":
+        args.recipe = "small" if args.init == "random" and images < SMALL else "paper"
+    patch = common.patch_size(common.create(args.arch, 0, args.image_size))  # None: a CNN
+    unit = patch or 16
+    defaults = {**RECIPES[args.recipe], "local_size": max(1, round(args.image_size * 3 / 7 / unit)) * unit}  # 96 at 224
+    if args.recipe == "small" and not patch:
+        defaults |= SMALL_CNN
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if patch and args.local_size % patch:
+        fail(f"--local-size {args.local_size} is no multiple of the {patch}-pixel patches of {args.arch}")
+    if args.batch_size % args.accumulate:
+        fail(f"--accumulate {args.accumulate} does not divide --batch-size {args.batch_size}")
+    if images < args.batch_size:
+        fail(f"--batch-size {args.batch_size} is more than the {images} training images")
+    common.own_share(args.batch_size // args.accumulate, run, "--batch-size / --accumulate")
 
 
 # ---------------------------------------------------------------- the method --------------------------------
@@ -129,8 +129,10 @@ class Head(torch.nn.Module):
         super().__init__()
         layers = []
         for inputs in (dim, hidden):
-            layers += [torch.nn.Linear(inputs, hidden, bias=norm == "none"),
-                       *([torch.nn.BatchNorm1d(hidden)] if norm == "batch" else []), torch.nn.GELU()]
+            layers.append(torch.nn.Linear(inputs, hidden, bias=norm == "none"))
+            if norm == "batch":
+                layers.append(torch.nn.BatchNorm1d(hidden))
+            layers.append(torch.nn.GELU())
         self.mlp = torch.nn.Sequential(*layers, torch.nn.Linear(hidden, bottleneck))
         for layer in self.mlp:
             if isinstance(layer, torch.nn.Linear):
@@ -164,7 +166,8 @@ def dino_loss(student, teacher, views, temp):
     student (V * B, K) logits, view by view; teacher (2 * B, K) probabilities. Caron et al. 2021, eq. 3, with
     -sum p log softmax(s / temp) = logsumexp(s / temp) - <p, s> / temp, so that no pair needs its own softmax:
     the inner products of a teacher view with all other views are one product with their sum."""
-    s, p = (student.float() / temp).unflatten(0, (views, -1)), teacher.unflatten(0, (2, -1))
+    s = (student.float() / temp).unflatten(0, (views, -1))
+    p = teacher.unflatten(0, (2, -1))
     counts = torch.full((views, 1), 2.0, device=s.device)  # a view is compared with both teacher views ...
     counts[:2] = 1  # ... but for the large ones, never with themselves
     normalisers = (s.logsumexp(-1) * counts).sum(0)
@@ -204,18 +207,17 @@ def sinkhorn(logits, temp, run, iterations=3):
 
 
 def schedules(args, steps):
-    """Per-step learning rate, weight decay and teacher momentum, per-epoch teacher temperature (Caron et al.
-    2021, section 3.2); `steps` an epoch."""
-    def cosine(start, end, count):
-        return end + (start - end) * (1 + np.cos(np.pi * np.arange(count) / max(1, count))) / 2
-    total, peak = args.epochs * steps, args.lr * args.batch_size / 256
+    """Per-step learning rate, weight decay and teacher momentum, per-epoch teacher temperature (Caron et al. 2021,
+    section 3.2); `steps` an epoch."""
+    total = args.epochs * steps
     warmup = min(args.warmup_epochs * steps, total // 2)
-    lr = np.r_[np.linspace(0, peak, warmup, endpoint=False), cosine(peak, args.min_lr, total - warmup)]
+    lr = common.warmup_cosine(args.lr * args.batch_size / 256, args.min_lr, total, warmup, first=0)
+    decay = common.cosine(args.weight_decay, args.weight_decay_end, total)
+    momentum = common.cosine(args.momentum_teacher, 1, total)
     ramp = min(args.warmup_teacher_epochs, args.epochs)
     temp = np.full(args.epochs, args.teacher_temp, float)
     temp[:ramp] = np.linspace(args.warmup_teacher_temp, args.teacher_temp, ramp)
-    decay = cosine(args.weight_decay, args.weight_decay_end, total)
-    return lr, decay, cosine(args.momentum_teacher, 1, total), temp
+    return lr, decay, momentum, temp
 
 
 def blur(images, draws, probability):
@@ -245,32 +247,53 @@ def solarize(images, draws, probability):
 
 def make_crops(images, draws, args, mean, std):
     """The views of a batch, view by view: [large (2 * B, 3, S, S), small (local_crops * B, 3, s, s)]."""
-    views, large, small = [], (args.global_scale, args.image_size), (args.local_scale, args.local_size)
+    large, small = [], []
     for view in range(2 + args.local_crops):
-        scale, side = large if view < 2 else small
+        scale, side = (args.global_scale, args.image_size) if view < 2 else (args.local_scale, args.local_size)
         flips = (draws.uniform(2) < 0.5) & common.upload([False, True], draws.device)
         crop = common.crop_resize(images, common.random_boxes(draws, images.shape[1], scale), side, flips)
-        crop = grey(common.color_jitter(crop, draws, args.jitter), draws, args.grey)
+        crop = common.color_jitter(crop, draws, args.jitter)
+        crop = grey(crop, draws, args.grey)
         crop = blur(crop, draws, args.blur[min(view, 2)])
-        crop = solarize(crop, draws, args.solarize) if view == 1 else crop
-        views.append(common.normalize(crop, mean, std))
-    return [torch.cat(part) for part in (views[:2], views[2:]) if part]
+        if view == 1:
+            crop = solarize(crop, draws, args.solarize)
+        (large if view < 2 else small).append(common.normalize(crop, mean, std))
+    return [torch.cat(views) for views in (large, small) if views]
+
+
+def losses(student, teacher, crops, temp, args, run):
+    """(DINO loss, KoLeo term of the large crops, teacher's logits and probabilities (2 * B, K)) of crops as of
+    make_crops, the teacher at temperature `temp`."""
+    with torch.no_grad(), run.autocast():
+        logits = teacher(crops[0])[0].float()
+    if args.centering == "sinkhorn":
+        target = sinkhorn(logits, temp, run)
+    else:
+        target = ((logits - teacher.center) / temp).softmax(-1)
+    with run.autocast():
+        output, large = student(*crops)
+    loss = dino_loss(output, target, 2 + args.local_crops, args.student_temp)
+    spread = sum(koleo(view, run) for view in large.chunk(2)) / 2 if args.koleo else 0
+    return loss, spread, logits, target
 
 
 # ---------------------------------------------------------------- training ----------------------------------
 
 def build(args, run):
-    """(student, teacher, pretrained_on): equal at the start, drop path in the student alone."""
+    """(student, teacher, pretrained_on): equal at the start, drop path in the student alone, a center in the teacher."""
     options = {"dynamic_img_size": True}  # crops come in two resolutions
+    drop_path = {"drop_path_rate": args.drop_path} if args.drop_path else {}
     try:
-        drop_path = {"drop_path_rate": args.drop_path} if args.drop_path else {}
-        backbone, pretrained_on = common.build_model(args, 0, **drop_path, **options)
+        backbone, pretrained_on = common.build_model(args.arch, args.init, args.image_size, 0, args.seed, args.init_key,
+                                                     **drop_path, **options)
     except TypeError:
         fail(f"--arch {args.arch} has no drop path; add --drop-path 0")
     student = Model(backbone, Head(backbone.num_features, args.out_dim, args.head_norm))
     teacher = Model(common.create(args.arch, 0, args.image_size, **options), copy.deepcopy(student.head))
     teacher.requires_grad_(False).load_state_dict(student.state_dict())
-    return *(common.sync_batch_norm(common.to_device(m, run), run) for m in (student, teacher)), pretrained_on
+    teacher.register_buffer("center", torch.zeros(args.out_dim))
+    student, teacher = (common.sync_batch_norm(common.to_device(model, run), run) for model in (student, teacher))
+    return student, teacher, pretrained_on
 
 
 def parameter_groups(model):
@@ -279,118 +302,101 @@ def parameter_groups(model):
             {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}]
 
 
-def train_epoch(state, dataset, args, run, epoch, plan):
-    """One pass over the images. Returns {"loss", "entropy", "marginal_entropy", "images_per_second"}: the
-    entropies, in nats, of the teacher's outputs and of their mean over a batch, means over the epoch."""
+def train_epoch(student, wrapped, teacher, optimizer, scaler, dataset, args, run, epoch, plan):
+    """One pass over the images. Returns {"loss", "entropy", "marginal_entropy", "images_per_second"}: the entropies, in
+    nats, of the teacher's outputs and of their mean over a batch, means over the epoch. wrapped: the student for
+    several processes; plan: as of schedules."""
     lr, decay, momentum, temps = plan
     rows = dataset.rows["train"]
     order = common.epoch_order(len(rows), args.batch_size, args.seed, epoch)
     part = args.batch_size // args.accumulate
-    mine = common.own_share(part, run, "--batch-size / --accumulate")
-    views, temp = 2 + args.local_crops, float(temps[epoch])
+    mine = common.own_share(part, run)
     torch.manual_seed(hash((args.seed, epoch, run.rank)) % 2 ** 31)  # of drop path
-    state.student.train()
-    state.teacher.train()  # its batch norm follows its own batches, as in the authors' code
-    sums, begin = torch.zeros(3, device=run.device), time.time()
+    student.train()
+    teacher.train()  # its batch norm follows its own batches, as in the authors' code
+    sums = torch.zeros(3, device=run.device)
+    begin = time.time()
     batches = [rows[batch[i * part + mine]] for batch in order for i in range(args.accumulate)]
     loader = common.load_batches(dataset.images, batches, run.device)
     bar = tqdm(range(len(order)), f"epoch {epoch + 1}/{args.epochs}", leave=False, disable=run.rank > 0)
     for i in bar:
         step = epoch * len(order) + i
-        for group in state.optimizer.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = float(lr[step])
-        state.optimizer.param_groups[0]["weight_decay"] = float(decay[step])
-        state.optimizer.zero_grad(set_to_none=True)
+        optimizer.param_groups[0]["weight_decay"] = float(decay[step])
+        optimizer.zero_grad(set_to_none=True)
         means = []
         for j in range(args.accumulate):
             if run.world > 1:  # the processes' gradients are summed once a step, with the last part
-                state.wrapped.require_backward_grad_sync = j == args.accumulate - 1
-            images = next(loader)
+                wrapped.require_backward_grad_sync = j == args.accumulate - 1
             draws = Draws((args.seed, epoch, i), args.batch_size, j * part + mine, run.device)
-            crops = make_crops(images, draws, args, dataset.mean, dataset.std)
-            with torch.no_grad(), run.autocast():
-                logits = state.teacher(crops[0])[0].float()
-            target = (sinkhorn(logits, temp, run) if args.centering == "sinkhorn" else
-                      ((logits - state.center) / temp).softmax(-1))
-            means.append(torch.stack([logits.mean(0), target.mean(0)]))
-            with run.autocast():
-                output, large = state.wrapped(*crops)
-            loss = dino_loss(output, target, views, args.student_temp) / args.accumulate
-            spread = sum(koleo(view, run) for view in large.chunk(2)) / 2 if args.koleo else 0
+            crops = make_crops(next(loader), draws, args, dataset.mean, dataset.std)
+            loss, spread, logits, target = losses(wrapped, teacher, crops, float(temps[epoch]), args, run)
             # DDP takes the mean of the processes' gradients, and of each one's own rows koleo needs the sum
-            total = loss + args.koleo * run.world * spread / args.accumulate
-            state.scaler.scale(total).backward()
-            sums[:2] += torch.stack([loss.detach(), entropy(target).mean() / args.accumulate])
+            total = loss / args.accumulate + args.koleo * run.world * spread / args.accumulate
+            scaler.scale(total).backward()
+            sums[:2] += torch.stack([loss.detach(), entropy(target).mean()]) / args.accumulate
+            means.append(torch.stack([logits.mean(0), target.mean(0)]))
         if epoch < args.freeze_last_layer or args.freeze_last_layer < 0:
-            state.student.head.last.grad = None
-        state.scaler.unscale_(state.optimizer)
+            student.head.last.grad = None
+        scaler.unscale_(optimizer)
         if args.clip_grad:
-            torch.nn.utils.clip_grad_norm_(state.student.parameters(), args.clip_grad)
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
+            torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip_grad)
+        scaler.step(optimizer)
+        scaler.update()
         with torch.no_grad():
             center, marginal = common.all_reduce_mean(torch.stack(means).mean(0), run)
-            state.center.lerp_(center, 1 - args.center_momentum)
+            teacher.center.lerp_(center, 1 - args.center_momentum)
             sums[2] += entropy(marginal)
-            torch._foreach_lerp_(list(state.teacher.parameters()), list(state.student.parameters()),
-                                 1 - float(momentum[step]))
+            torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - float(momentum[step]))
         if (i + 1) % 20 == 0 or i + 1 == len(order):
-            values = common.checked_mean(sums, i + 1, step, epoch, args, run)
+            values = common.checked_mean(sums, i + 1, step, epoch, args.output, run)
             bar.set_postfix(loss=f"{values[0].item():.3f}")
     loss, mean_entropy, marginal_entropy = values.tolist()
     return {"loss": loss, "entropy": mean_entropy, "marginal_entropy": marginal_entropy,
             "images_per_second": len(order) * args.batch_size / (time.time() - begin)}
 
 
-def examine(state, dataset, args, run, probe):
-    """The teacher's features on up to 512 validation images: {"feature_std"}, the mean over dimensions of
-    their standard deviation once L2-normalised, times sqrt(dim), so that 1 is as spread as can be and 0 is
-    one point; with probe also {"knn"}, the accuracy of 20 neighbours out of up to 2048 training images."""
+# ---------------------------------------------------------------- health ------------------------------------
+
+def examine(backbone, dataset, args, run, probe):
+    """The features of a backbone on up to 512 validation images: {"feature_std"}, the mean over dimensions of their
+    standard deviation once L2-normalised, times sqrt(dim), so that 1 is as spread as can be and 0 is one point; with
+    probe also {"knn"}, the accuracy of 20 neighbours out of up to 2048 training images."""
     def sample(name, most):
         rows = dataset.rows[name]
         rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), most)).astype(int))]
-        return rows, F.normalize(common.extract(backbone, dataset, rows, args, run), dim=1)
-    backbone = state.teacher.eval().backbone
+        return rows, F.normalize(common.extract(backbone, dataset, rows, args.image_size, run), dim=1)
+
+    backbone.eval()
     asked, queries = sample("val", 512)
     result = {"feature_std": (queries.std(0).mean() * math.sqrt(queries.shape[1])).item()}
     if probe and dataset.task == "classes":
-        labels = dataset.labels[asked]
         rows, keys = sample("train", 2048)
-        known = dataset.labels[rows]
-        near, index = (queries @ keys.T).topk(min(20, len(keys)), dim=1)
-        known = F.one_hot(torch.from_numpy(known), len(dataset.classes))
-        votes = known[index] * (near / 0.07).exp()[..., None]
-        result["knn"] = (votes.sum(1).argmax(1) == torch.from_numpy(labels)).float().mean().item()
+        similarity, index = (queries @ keys.T).topk(min(20, len(keys)), dim=1)
+        known = F.one_hot(torch.from_numpy(dataset.labels[rows]), len(dataset.classes))
+        votes = known[index] * (similarity / 0.07).exp()[..., None]
+        right = votes.sum(1).argmax(1) == torch.from_numpy(dataset.labels[asked])
+        result["knn"] = right.float().mean().item()
     return result
 
 
-def verdict(log, start, args):
-    """One plain sentence if by the last epoch of log the teacher's output says nothing about the image, None
-    if all is well. What it says is its mutual information with the image: the entropy of a batch's mean
-    output less the mean entropy. That is small at the start of a healthy run too, but there it grows."""
-    told, most = [e["marginal_entropy"] - e["entropy"] for e in log], math.log(args.out_dim)
-    entry, bound = log[-1], math.log(min(args.out_dim, 2 * args.batch_size))
-    silent = len(log) > 1 and told[-1] < 0.05 * bound and told[-1] < max(1.2 * told[-2], 0.005 * bound)
-    if silent and entry["entropy"] > most / 2:
+def verdict(log, args):
+    """One plain sentence if by the last epoch of log the teacher's output says nothing about the image, None if all is
+    well. What it says is its mutual information with the image: the entropy of a batch's mean output less the mean
+    entropy. That is small at the start of a healthy run too, but there it grows. log[0]: before training."""
+    before, last = log[0], log[-1]
+    told = [entry["marginal_entropy"] - entry["entropy"] for entry in log[1:]]
+    most = math.log(args.out_dim)
+    bound = math.log(min(args.out_dim, 2 * args.batch_size))
+    silent = len(told) > 1 and told[-1] < 0.05 * bound and told[-1] < max(1.2 * told[-2], 0.005 * bound)
+    if silent and last["entropy"] > most / 2:
         return (f"collapsed: every output is nearly uniform (the loss of knowing nothing is ln "
                 f"{args.out_dim} = {most:.2f}); lower --teacher-temp, raise --koleo, or take --recipe small")
-    if silent or entry["feature_std"] < 0.1 * start["feature_std"]:
+    if silent or last["feature_std"] < 0.1 * before["feature_std"]:
         return ("collapsed: every image gets the same output; raise --teacher-temp, lower --lr, or take "
                 "--centering sinkhorn")
     return None
-
-
-def save_model(path, state, dataset, args, pretrained_on):
-    """model.pt: the teacher's backbone in timm's names, and what a later stage needs to use it."""
-    weights = {k: v.cpu().contiguous() for k, v in state.teacher.backbone.state_dict().items()}
-    content = {"stage": "pretrain_dino", "arch": args.arch, "init": args.init_label, "num_classes": 0,
-               "image_size": args.image_size, "side": dataset.side, "fit": dataset.fit, "mean": dataset.mean, "std": dataset.std,
-               "classes": [], "task": dataset.task, "dataset": dataset.name, "pretrained_on": pretrained_on,
-               "state_dict": weights}
-    common.write_atomic(path, lambda part: torch.save(content, part))
-    if args.export:
-        from safetensors.torch import save_file  # comes with timm
-        common.write_atomic(args.export, lambda part: save_file(weights, part))
 
 
 def draw_crops(path, dataset, args):
@@ -398,29 +404,97 @@ def draw_crops(path, dataset, args):
     rows = np.random.default_rng(args.seed).permutation(dataset.rows["train"])[:6]
     images = common.read_batch(dataset.images, rows)
     draws = Draws((args.seed, "preview"), len(rows), torch.arange(len(rows)), "cpu")
-    views = [(255 * view.permute(0, 2, 3, 1)).round().byte().numpy() for crops in
-             make_crops(images, draws, args, [0.0] * 3, [1.0] * 3) for view in crops.split(len(rows))]
+    pictures = [[common.in_proportion(dataset.images[row], dataset.sizes[row], dataset.fit, 256)] for row in rows]
+    for crops in make_crops(images, draws, args, [0.0] * 3, [1.0] * 3):
+        for view in (255 * crops).round().byte().permute(0, 2, 3, 1).split(len(rows)):
+            for row, crop in zip(pictures, view.numpy()):
+                row.append(crop)
     names = ["image", "large 1", "large 2", *(f"small {i + 1}" for i in range(args.local_crops))]
-    pictures = []
-    for i, row in enumerate(rows):
-        whole = common.in_proportion(dataset.images[row], dataset.sizes[row], dataset.fit, 256)
-        pictures.append([whole, *(view[i] for view in views)])
-    common.draw_grid(path, pictures, [names] * len(rows), side=128, title=dataset.name)
+    common.draw_grid(path, pictures, [names] * len(rows), title=dataset.name)
 
 
-def draw_curves(path, start, log, images, args):
+def draw_curves(path, log, images, args):
     """Loss, entropies and k-NN by epoch (of `images`); the k-NN starts with that before training, at 0."""
-    def line(label, key):
-        seen = [e for e in ({**start, "epoch": 0}, *log) if key in e]
-        return {"label": label, "x": [e["epoch"] for e in seen], "y": [e[key] for e in seen]}
+    def line(key):
+        seen = [entry for entry in log if key in entry]
+        return [entry["epoch"] for entry in seen], [entry[key] for entry in seen]
+
+    wall = ([1, len(log) - 1], [math.log(args.out_dim)] * 2)
+    panels = [("loss", "nats", {"loss": line("loss"), "ln outputs": wall}),
+              ("teacher entropy", "nats", {"per image": line("entropy"), "of the mean": line("marginal_entropy"),
+                                           "ln outputs": wall})]
+    if any("knn" in entry for entry in log):
+        panels.append(("k-NN (20 neighbours)", "validation accuracy", {"teacher": line("knn")}))
+    common.draw_curves(path, f"epoch of {images} images", panels)
+
+
+# ---------------------------------------------------------------- the run -----------------------------------
+
+def describe(entry, args):
+    """The line that an epoch prints."""
     most = math.log(args.out_dim)
-    wall = {"label": "ln outputs", "x": [1, len(log)], "y": [most, most], "kind": "dashed", "colour": 6}
-    panels = [("loss", "nats", [line("loss", "loss"), wall]), ("teacher entropy", "nats", [
-        line("per image", "entropy"), line("of the mean", "marginal_entropy"), wall])]
-    if any("knn" in e for e in log):
-        panels.append(("k-NN (20 neighbours)", "validation accuracy", [line("teacher", "knn")]))
-    common.draw_plot(path, [{"title": title, "xlabel": f"epoch of {images} images", "ylabel": unit,
-                             "series": series} for title, unit, series in panels], size=(480, 400))
+    knn = f"  k-NN {entry['knn']:.4f}" if "knn" in entry else ""
+    return (f"epoch {entry['epoch']}/{args.epochs}  loss {entry['loss']:.3f}  entropy {entry['entropy']:.2f} "
+            f"({entry['entropy'] / most:.0%} of ln {args.out_dim})  KL to uniform {most - entry['entropy']:.2f}  "
+            f"feature std {entry['feature_std']:.3f}{knn}  {entry['images_per_second']:.1f} images/s")
+
+
+def stop_if_collapsed(log, args):
+    """End the run where --on-collapse says so."""
+    if log[-1].get("collapse") and args.on_collapse == "stop":
+        fail(f"stopped after epoch {log[-1]['epoch']}, {log[-1]['collapse']}; the checkpoint is in {args.output}, "
+             "--on-collapse warn goes on")
+
+
+def export(path, weights):
+    """The backbone as a .safetensors file for timm."""
+    from safetensors.torch import save_file  # comes with timm
+    common.write_atomic(path, lambda part: save_file({name: w.cpu().contiguous() for name, w in weights.items()}, part))
+
+
+def fit(student, teacher, dataset, args, run, folder, pretrained_on):
+    """Train from the last checkpoint to the last epoch, saving the teacher's backbone at each. Returns the log, whose
+    first entry is from before training."""
+    optimizer = torch.optim.AdamW(parameter_groups(student), fused=run.device.type in ("cpu", "cuda"))
+    scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp == "fp16")
+    parts = {"student": student, "teacher": teacher, "optimizer": optimizer, "scaler": scaler}
+    log = common.resume(folder, run, parts)
+    wrapped = student
+    if run.world > 1:
+        wrapped = torch.nn.parallel.DistributedDataParallel(student, broadcast_buffers=False)
+    if args.compile:
+        wrapped, teacher.forward = torch.compile(wrapped), torch.compile(teacher.forward)
+    images = len(dataset.rows["train"])
+    plan = schedules(args, images // args.batch_size)
+    if not log:
+        log.append({"epoch": 0, **examine(teacher.backbone, dataset, args, run, args.probe_every)})
+        say(f"before: feature std {log[0]['feature_std']:.3f}"
+            + (f", k-NN {log[0]['knn']:.4f}" if "knn" in log[0] else ""))
+    stop_if_collapsed(log, args)
+    for epoch in range(len(log) - 1, args.epochs):
+        begin = time.time()
+        entry = {"epoch": epoch + 1}
+        entry |= train_epoch(student, wrapped, teacher, optimizer, scaler, dataset, args, run, epoch, plan)
+        probe = args.probe_every and (epoch + 1 == args.epochs or (epoch + 1) % args.probe_every == 0)
+        entry |= examine(teacher.backbone, dataset, args, run, probe)
+        if not math.isfinite(entry["feature_std"]):  # of the last step, whose loss came before its update
+            last = f"the last good checkpoint is {folder}/checkpoint.pt" if epoch else "lower --lr"
+            fail(f"the weights are not finite after epoch {epoch + 1}; {last}")
+        log.append(entry)
+        entry |= {"collapse": verdict(log, args), "seconds": time.time() - begin}
+        if run.rank == 0:
+            weights = teacher.backbone.state_dict()
+            common.save_model(folder / "model.pt", weights, dataset, args, task=dataset.task, classes=[],
+                              num_classes=0, pretrained_on=pretrained_on)
+            if args.export:
+                export(args.export, weights)
+            common.save_checkpoint(folder, parts, log)
+            draw_curves(folder / "curves.png", log, images, args)
+        say(describe(entry, args))
+        if entry["collapse"]:
+            say(f"WARNING: {entry['collapse']}")
+        stop_if_collapsed(log, args)
+    return log
 
 
 def main():
@@ -428,88 +502,32 @@ def main():
     args = arguments()
     run = common.start(args)
     dataset = common.load_dataset(args, ("train", "val"))
-    folder = Path(args.output or ".") if args.preview else common.open_run(args, run, dataset)
-    images = len(dataset.rows["train"])
-    settings = with_recipe(args, images, run)
+    apply_recipe(args, len(dataset.rows["train"]), run)
     if args.preview:  # touches no run
-        if run.rank > 0:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        draw_crops(folder / "crops.png", dataset, settings)
-        return say(f"written: {folder / 'crops.png'}")
-    student, teacher, pretrained_on = build(settings, run)
-    common.write_args(folder, args, run, dataset, ["crops.png", "curves.png"])
-    if run.rank == 0:
-        draw_crops(folder / "crops.png", dataset, settings)
-    recipe = {name: getattr(settings, name) for name in ["recipe", *PAPER, "local_size"]}
-    say(", ".join(f"{name} {value}" for name, value in recipe.items()))
-
-    optimizer = torch.optim.AdamW(parameter_groups(student), fused=run.device.type in ("cpu", "cuda"))
-    scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp == "fp16")
-    kept = {"student": student, "teacher": teacher, "optimizer": optimizer, "scaler": scaler}
-    state = SimpleNamespace(**kept, wrapped=student, center=torch.zeros(settings.out_dim, device=run.device))
-    log, checkpoint = [], common.load_checkpoint(folder, run)
-    if checkpoint:
-        if checkpoint["recipe"] != recipe:
-            fail(f"{folder} was begun with other settings: {checkpoint['recipe']}; --overwrite begins again")
-        for name, part in kept.items():
-            part.load_state_dict(checkpoint[name])
-        state.center, log = checkpoint["center"], checkpoint["log"]
-        say(f"resuming {folder} after epoch {len(log)} of {args.epochs}")
-    if run.world > 1:
-        state.wrapped = torch.nn.parallel.DistributedDataParallel(student, broadcast_buffers=False)
-    if args.compile:
-        state.wrapped, teacher.forward = torch.compile(state.wrapped), torch.compile(teacher.forward)
-    plan = schedules(settings, images // settings.batch_size)
-    start = checkpoint["start"] if checkpoint else examine(state, dataset, settings, run, args.probe_every)
-    say(f"before: feature std {start['feature_std']:.3f}"
-        + (f", k-NN {start['knn']:.4f}" if "knn" in start else ""))
-
-    def stop_if_collapsed():
-        if log and log[-1]["collapse"] and args.on_collapse == "stop":
-            fail(f"stopped after epoch {len(log)}, {log[-1]['collapse']}; the checkpoint is in {folder}, "
-                 "--on-collapse warn goes on")
-
-    stop_if_collapsed()
-    for epoch in range(len(log), args.epochs):
-        begin = time.time()
-        entry = {"epoch": epoch + 1, **train_epoch(state, dataset, settings, run, epoch, plan)}
-        probe = args.probe_every and (epoch + 1 == args.epochs or (epoch + 1) % args.probe_every == 0)
-        entry |= examine(state, dataset, settings, run, probe)
-        if not math.isfinite(entry["feature_std"]):  # of the last step, whose loss came before its update
-            fail(f"the weights are not finite after epoch {epoch + 1}; the last good checkpoint is "
-                 f"{folder}/checkpoint.pt" if log else "the weights are not finite after epoch 1; lower --lr")
-        log.append(entry)
-        entry |= {"collapse": verdict(log, start, settings), "seconds": time.time() - begin}
+        folder = Path(args.output or ".")
         if run.rank == 0:
-            save_model(folder / "model.pt", state, dataset, args, pretrained_on)
-            common.save_checkpoint(folder, {**{k: v.state_dict() for k, v in kept.items()}, "recipe": recipe,
-                                            "center": state.center, "start": start, "log": log})
-            draw_curves(folder / "curves.png", start, log, images, settings)
-        most = math.log(settings.out_dim)
-        knn = f"  k-NN {entry['knn']:.4f}" if "knn" in entry else ""
-        say(f"epoch {epoch + 1}/{args.epochs}  loss {entry['loss']:.3f}  entropy {entry['entropy']:.2f} "
-            f"({entry['entropy'] / most:.0%} of ln {settings.out_dim})  KL to uniform "
-            f"{most - entry['entropy']:.2f}  feature std {entry['feature_std']:.3f}{knn}  "
-            f"{entry['images_per_second']:.1f} images/s")
-        if entry["collapse"]:
-            say(f"WARNING: {entry['collapse']}")
-        stop_if_collapsed()
+            folder.mkdir(parents=True, exist_ok=True)
+            draw_crops(folder / "crops.png", dataset, args)
+            say(f"written: {folder / 'crops.png'}")
+        return
+    student, teacher, pretrained_on = build(args, run)
+    folder = common.open_run(args, run, dataset, ["crops.png", "curves.png"])
+    recipe = {name: getattr(args, name) for name in ["recipe", *PAPER, "local_size"]}
+    say(", ".join(f"{name} {value}" for name, value in recipe.items()))
+    if run.rank == 0:
+        draw_crops(folder / "crops.png", dataset, args)
+    log = fit(student, teacher, dataset, args, run, folder, pretrained_on)
     if run.rank > 0:
         return
-    last = log[-1]
-    common.write_json(folder / "metrics.json", {
-        "stage": "pretrain_dino", "dataset": dataset.name, "arch": args.arch, "init": args.init_label,
-        "pretrained_on": pretrained_on, "seed": args.seed, "settings": recipe, "metric": "knn",
-        "val": {"knn": last.get("knn"), "knn_before": start.get("knn"), "loss": last["loss"],
-                "entropy": last["entropy"], "feature_std": last["feature_std"]}, "test": {},
-        "collapse": last["collapse"], "counts": dataset.counts, "split": dataset.fingerprint,
-        "image_size": args.image_size, "epochs": args.epochs,
-        "parameters": sum(p.numel() for p in student.backbone.parameters()),
-        "seconds": sum(e["seconds"] for e in log), "device": common.device_name(run.device), "amp": run.amp,
-        "images_per_second": float(np.median([e["images_per_second"] for e in log])), "world_size": run.world,
-        "summary": f"loss {last['loss']:.3f}, val k-NN {common.show(last.get('knn'))}"})
-    say(f"written: {folder}")
+    before, last = log[0], log[-1]
+    common.write_metrics(
+        folder, dataset, run, args, pretrained_on=pretrained_on, settings=recipe, metric="knn", test={},
+        val={"knn": last.get("knn"), "knn_before": before.get("knn"), "loss": last["loss"], "entropy": last["entropy"],
+             "feature_std": last["feature_std"]},
+        collapse=last["collapse"], epochs=args.epochs, parameters=sum(p.numel() for p in student.backbone.parameters()),
+        seconds=sum(entry["seconds"] for entry in log[1:]),
+        images_per_second=float(np.median([entry["images_per_second"] for entry in log[1:]])),
+        summary=f"loss {last['loss']:.3f}, val k-NN {common.show(last.get('knn'))}")
 
 
 if __name__ == "__main__":

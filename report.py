@@ -1,11 +1,11 @@
 """Tables, figures and plain answers out of finished runs.
 
     python report.py runs/demo                      # every run below a folder, into runs/demo/report
-    python report.py runs/a runs/b --output report
+    python report.py runs/a runs/b --output report --format pdf
 
-Reads the metrics.json of any run folder, whoever wrote it; writes report.md, results.csv, figure1.png to
-figure5.png (those of Matsoukas et al. 2023) and report.html, one page that needs no server. Runs on another
-dataset, split or image size are kept apart; a missing cell is shown as missing; damaged runs are listed.
+Reads the metrics.json of any run folder, whoever wrote it; writes report.html, one page that needs no server, results.csv
+and figure1 to figure5 (those of Matsoukas et al. 2023). Runs on another dataset, split or image size are kept apart; a
+missing cell is shown as missing; damaged runs are listed.
 """
 import argparse
 import base64
@@ -14,14 +14,12 @@ import html
 import itertools
 import json
 import math
-import re
 import shutil
 import sys
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 import common
 from common import fail, say
@@ -54,11 +52,13 @@ QUESTIONS = [  # the paper's, each with the comparison, the kind of run and the 
 def read_run(folder):
     """The metrics.json of a folder, with its "folder", "kind", "args" (all of args.json, {} without one) and
     "arguments"; ValueError says what is wrong with it."""
-    run, args = json.loads((folder / "metrics.json").read_text()), folder / "args.json"
+    run = json.loads((folder / "metrics.json").read_text())
     wrong = [name for name, kind in NEEDED.items() if not isinstance(run.get(name), kind)]
     if wrong:
         raise ValueError(f"no usable {', '.join(wrong)}")
-    run["folder"], run["kind"] = folder, "probe" if run.get("freeze") else run["stage"]
+    args = folder / "args.json"
+    run["folder"] = folder
+    run["kind"] = "probe" if run.get("freeze") else run["stage"]
     run["args"] = json.loads(args.read_text()) if args.exists() else {}
     run["arguments"] = run["args"].get("arguments", {})
     if run["kind"] in STAGES and not isinstance(run["test"].get(run["metric"]), (int, float, type(None))):
@@ -66,44 +66,25 @@ def read_run(folder):
     return run
 
 
-def read_steps(place):
-    """{folder: what is wrong} of the steps of run_all.sh that failed, were left out or did not end."""
-    troubles = {}
-    for ledger in sorted(place.rglob("logs/steps.tsv")):
-        states, runs = {}, ledger.parent.parent
-        for line in ledger.read_text(errors="replace").splitlines():
-            if line.count("\t") == 4:  # the last line may be torn
-                name, _, code, _, words = line.split("\t")
-                states[name] = None if code == "0" else (
-                    f"left out: {words}" if code == "left out" else f"failed: exit code {code}, {words}")
-        for log in sorted(ledger.parent.glob("*.log")):
-            done = runs / log.stem / "metrics.json"
-            if done.exists() and done.stat().st_mtime > log.stat().st_mtime:
-                states[log.stem] = None  # it has been finished by hand
-            elif log.stem not in states and not done.parent.exists() and "-node" not in log.stem:
-                states[log.stem] = f"incomplete: started, see {log}"  # and nothing else of it is there
-        troubles |= {runs / name: state for name, state in states.items() if state}
-    return troubles
-
-
 def read_runs(places):
-    """(runs, troubles): every complete run under the places; [(folder, what is wrong)] of all else."""
-    runs, folders, steps, troubles = [], {}, {}, {}
+    """(runs, [(folder, what is wrong)]): every complete run under the places, and all else, among it the steps of
+    run_all.sh that failed."""
+    runs, folders, troubles = [], {}, {}
     for place in map(Path, places):
         if not place.is_dir():
             fail(f"{place}: there is no such folder of runs")
         for file in sorted(place.rglob("*.json")):
             if file.name in ("args.json", "metrics.json"):
                 folders.setdefault(file.parent.resolve(), file.parent)
-        steps |= read_steps(place)
+        for file in sorted(place.rglob("logs/*.failed")):
+            troubles[file.parent.parent / file.stem] = f"failed: {file.read_text(errors='replace').strip()}"
     for folder in folders.values():
         try:
             runs.append(read_run(folder))
         except FileNotFoundError:
-            troubles[folder] = "incomplete: no metrics.json"
+            troubles.setdefault(folder, "incomplete: no metrics.json")
         except (ValueError, OSError, AttributeError) as error:
             troubles[folder] = f"damaged: metrics.json or args.json cannot be used: {error}"
-    troubles |= steps
     if not runs and not troubles:
         fail(f"{', '.join(map(str, places))}: no run folders (with metrics.json or args.json) in there")
     return runs, sorted(troubles.items())
@@ -114,20 +95,25 @@ def recipe(run):
     return {name: value for name, value in run["arguments"].items() if name not in NO_RECIPE}
 
 
+def differences(one, other):
+    """The arguments in which two recipes differ, as text."""
+    return [f"{name} {one.get(name)}, not {other.get(name)}" for name in sorted({*one, *other})
+            if one.get(name) != other.get(name)]
+
+
 def cells(runs):
-    """({(kind, arch, init): {seed: run}} of the scored runs, [(run, why it is left out)]); cells in the order
-    of STAGES, of INITS, then CNNs before ViTs, by size. Runs of one cell must have been made alike: the most
-    numerous that were are taken, and those that do not say how they were made."""
+    """({(kind, arch, init): {seed: run}} of the scored runs, [(run, why it is left out)]); cells in the order of STAGES,
+    of INITS, then CNNs before ViTs, by size. Runs of one cell must have been made alike: the most numerous that were
+    are taken, and those that do not say how they were made."""
     groups, table, spare = defaultdict(list), {}, []
     for run in runs:
         groups[run["kind"], run["arch"], run["init"]].append(run)
     for cell, group in groups.items():
         recipes = [made for made in map(recipe, group) if made] or [{}]
-        usual, table[cell] = max(recipes, key=recipes.count), {}
+        usual = max(recipes, key=recipes.count)
+        table[cell] = {}
         for run in group:
-            made = recipe(run) or usual
-            differ = [f"{name} {made.get(name)}, not {usual.get(name)}" for name in sorted({*made, *usual})
-                      if made.get(name) != usual.get(name)]
+            differ = differences(recipe(run) or usual, usual)
             twin = table[cell].get(run["seed"])
             if differ:
                 spare.append((run, f"made otherwise than the runs of its kind: {', '.join(differ)}"))
@@ -135,8 +121,10 @@ def cells(runs):
                 spare.append((run, f"another run of seed {run['seed']}, as {twin['folder'].name}"))
             else:
                 table[cell][run["seed"]] = run
-    order = lambda cell: ([*STAGES].index(cell[0]), [*INITS, cell[2]].index(cell[2]), cell[2],  # noqa: E731
-                          is_vit(cell[1]), size_of(table[cell]), cell[1])
+
+    def order(cell):
+        kind, arch, init = cell
+        return ([*STAGES].index(kind), [*INITS, init].index(init), init, is_vit(arch), size_of(table[cell]), arch)
     return {cell: table[cell] for cell in sorted(table, key=order)}, spare
 
 
@@ -179,58 +167,68 @@ def summary(by_seed, name=None):
     return median, error, len(values)
 
 
-def split_names(text, classes):
-    """The names of classes that joined by blanks are this text, None if there are none such. Names may hold
-    blanks, and start alike."""
-    longest_first = sorted(classes, key=len, reverse=True)
-    names = re.findall("|".join(map(re.escape, longest_first)), text)
-    return names if " ".join(names) == text else None
+def read_predictions(run):
+    """Of a run's predictions.csv, sorted by path: (paths, labels (n,) or 0/1 (n, L), probabilities (n, C)) or, of a
+    segmentation, (paths, None, scores of each class (n, C), NaN where they are not defined)."""
+    with open(run["folder"] / "predictions.csv", newline="") as lines:
+        head, *rows = csv.reader(lines)
+    rows.sort()
+    paths = [row[0] for row in rows]
+    if run["kind"] == "segment":
+        columns = [i for i, name in enumerate(head) if name.startswith(f"{run['metric']}_")]
+        return paths, None, np.array([[float(row[i] or "nan") for i in columns] for row in rows])
+    if "label" in head:
+        classes = head[head.index("predicted") + 1:]
+        labels = np.array([classes.index(row[head.index("label")]) for row in rows])
+    else:
+        count = (len(head) - 2) // 2
+        labels = np.array([row[2:2 + count] for row in rows], float)
+        classes = head[2 + count:]
+    return paths, labels, np.array([row[-len(classes):] for row in rows], float)
 
 
 def image_scores(run):
-    """(paths, score) of a run's predictions.csv: score(rows (n,) int) is its headline metric over these
-    images, nan where that is not defined. None where the file is not there or does not give the run's own
-    score."""
+    """(paths, score) of a run's predictions.csv: score(rows (n,) int) is its headline metric over these images, NaN
+    where that is not defined. None where the file is not there or does not give the run's own score."""
     try:
-        with open(run["folder"] / "predictions.csv", newline="") as lines:
-            head, *rows = csv.reader(lines)
-        rows.sort()
-        if run["kind"] == "segment":
-            columns = [i for i, name in enumerate(head) if name.startswith(f"{run['metric']}_")]
-            values = np.ma.masked_invalid([[float(row[i] or "nan") for i in columns] for row in rows])
-            score = lambda at: float(values[at].mean(0).mean())  # noqa: E731
-        else:
-            task = "multilabel" if "roc_auc_by_label" in run["test"] else "classes"
-            label, first = head.index("label"), head.index("predicted") + 1
-            classes, values = head[first:], np.array([row[first:] for row in rows], float)
-            labels = np.array([classes.index(row[label]) if task == "classes" else
-                               [float(name in split_names(row[label], classes)) for name in classes]
-                               for row in rows])
-            score = lambda at: float(np.array(  # noqa: E731
-                common.metric(run["metric"], task, labels[at], values[at]), float))  # None becomes nan
-        right = abs(score(np.arange(len(rows))) - headline(run)) < 1e-3
-    except (OSError, ValueError, IndexError, KeyError, TypeError):
+        paths, labels, values = read_predictions(run)
+    except (OSError, ValueError, IndexError, KeyError):
         return None
-    return ([row[0] for row in rows], score) if right else None
+
+    def score(rows):
+        if labels is None:
+            return float(np.ma.masked_invalid(values[rows]).mean(0).mean())
+        task = "classes" if labels.ndim == 1 else "multilabel"
+        value = common.metric(run["metric"], task, labels[rows], values[rows])
+        return math.nan if value is None else value
+
+    own = headline(run)
+    if own is None or not len(paths) or not abs(score(np.arange(len(paths))) - own) < 1e-3:
+        return None
+    return paths, score
 
 
 def paired_difference(first, second, resamples=500):
-    """Mean over common seeds of headline(first) - headline(second): (difference, [low, high] or None, seeds,
-    test images), None without a common seed. The 95 % percentile interval resamples seeds and test images,
-    the same for both; without predictions of the same images (0 images), the seeds alone."""
-    seeds = sorted(s for s in first.keys() & second.keys()
-                   if None not in (headline(first[s]), headline(second[s])))
+    """Mean over common seeds of headline(first) - headline(second): (difference, [low, high] or None, seeds, test
+    images), None without a common seed. The 95 % percentile interval resamples seeds and test images, the same for
+    both; without predictions of the same images (0 images), the seeds alone."""
+    seeds = [seed for seed in sorted(first.keys() & second.keys())
+             if None not in (headline(first[seed]), headline(second[seed]))]
     if not seeds:
         return None
-    differences = [headline(first[s]) - headline(second[s]) for s in seeds]
-    scores = [image_scores(side[s]) for s in seeds for side in (first, second)]
-    images = len(scores[0][0]) if None not in scores and all(s[0] == scores[0][0] for s in scores) else 0
-    rng, values = np.random.default_rng(0), []
+    differences = [headline(first[seed]) - headline(second[seed]) for seed in seeds]
+    pairs = [(image_scores(first[seed]), image_scores(second[seed])) for seed in seeds]
+    paths = [scores[0] for pair in pairs for scores in pair if scores]
+    same = len(paths) == 2 * len(seeds) and all(path == paths[0] for path in paths)
+    images = len(paths[0]) if same else 0
+    rng = np.random.default_rng(0)
+    values = []
     for _ in range(resamples if images or len(seeds) > 1 else 0):
-        chosen, drawn = rng.integers(len(seeds), size=len(seeds)).tolist(), differences
+        chosen = rng.integers(len(seeds), size=len(seeds)).tolist()
+        drawn = differences
         if images:
             rows = rng.integers(images, size=images)
-            drawn = {i: scores[2 * i][1](rows) - scores[2 * i + 1][1](rows) for i in set(chosen)}
+            drawn = {i: pairs[i][0][1](rows) - pairs[i][1][1](rows) for i in set(chosen)}
         values.append(np.mean([drawn[i] for i in chosen]))
     defined = [value for value in values if not math.isnan(value)]
     interval = np.percentile(defined, [2.5, 97.5]).tolist() if len(defined) * 2 > resamples else None
@@ -238,17 +236,23 @@ def paired_difference(first, second, resamples=500):
 
 
 def comparisons(table):
-    """[(what, first, second, paired_difference)]: "vit": each ViT less the CNN nearest in size, by kind and
-    init; "dino": each model after DINO less before. first and second are keys of the table."""
+    """[(what, first, second, paired_difference)]: "vit": each ViT less the CNN nearest in size, by kind and init; "dino":
+    each model after DINO less before. first and second are keys of the table."""
     pairs = []
-    for vit in (cell for cell in table if is_vit(cell[1])):
-        rivals = [cell for cell in table if cell[::2] == vit[::2] and not is_vit(cell[1])]
-        gap = lambda cell, vit=vit: abs(size_of(table[cell]) - size_of(table[vit]))  # noqa: E731
-        pairs += [("vit", vit, min(rivals, key=gap))] if rivals else []
-    pairs += [("dino", (kind, arch, init), (kind, arch, BEFORE_DINO[init])) for kind, arch, init in table
-              if (kind, arch, BEFORE_DINO.get(init)) in table]
-    return [(what, first, second, found) for what, first, second in pairs
-            if (found := paired_difference(table[first], table[second]))]
+    for kind, arch, init in table:
+        if not is_vit(arch):
+            continue
+        size = size_of(table[kind, arch, init])
+        rivals = {cell: abs(size_of(table[cell]) - size) for cell in table
+                  if cell[0] == kind and cell[2] == init and not is_vit(cell[1])}
+        if rivals:
+            pairs.append(("vit", (kind, arch, init), min(rivals, key=rivals.get)))
+    for kind, arch, init in table:
+        before = (kind, arch, BEFORE_DINO.get(init))
+        if before in table:
+            pairs.append(("dino", (kind, arch, init), before))
+    results = [(what, first, second, paired_difference(table[first], table[second])) for what, first, second in pairs]
+    return [result for result in results if result[3]]
 
 
 def in_words(result, better, worse):
@@ -264,23 +268,98 @@ def in_words(result, better, worse):
 
 
 def answers(table, pairs):
-    """The paper's questions, each with what these runs say: [(question, answer)]."""
-    result, kinds = [], {cell[0] for cell in table}
+    """The paper's questions, each with what these runs say: {question: [answer]}."""
+    result = {}
+    kinds = {kind for kind, _, _ in table}
     for question, what, kind, inits in QUESTIONS:
-        said = [f"{a[1]} against {b[1]}, {a[2]}: {in_words(found, 'the ViT is better', 'the ViT is worse')}"
-                if what == "vit" else f"{a[1]}, {b[2]} to {a[2]}: {in_words(found, 'it helps', 'it hurts')}"
-                for compared, a, b, found in pairs if compared == what and a[0] == kind and a[2] in inits]
-        if kind in kinds and kind != "segment":
-            said = said or ["no runs to tell"]
-        result += [(question, line) for line in said]
-    both = [[summary(table[kind, arch, init])[0] for kind in ("finetune", "knn_eval")]
-            for stage, arch, init in table if stage == "finetune" and ("knn_eval", arch, init) in table]
-    ranks = [(a, b) for a, b in itertools.combinations(both, 2) if None not in (*a, *b)]
-    same = sum((a[0] - b[0]) * (a[1] - b[1]) > 0 for a, b in ranks)
+        lines = []
+        for compared, a, b, found in pairs:
+            if compared != what or a[0] != kind or a[2] not in inits:
+                continue
+            if what == "vit":
+                lines.append(f"{a[1]} against {b[1]}, {a[2]}: {in_words(found, 'the ViT is better', 'the ViT is worse')}")
+            else:
+                lines.append(f"{a[1]}, {b[2]} to {a[2]}: {in_words(found, 'it helps', 'it hurts')}")
+        if lines or kind in kinds and kind != "segment":
+            result[question] = lines or ["no runs to tell"]
     if {"finetune", "knn_eval"} <= kinds:
-        result.append(("Do k-NN and fine-tuning agree?", f"they rank {same} of {len(ranks)} pairs of models "
-                       "(an architecture and its start) alike" if ranks else "no runs to tell"))
+        result["Do k-NN and fine-tuning agree?"] = [rank_agreement(table)]
     return result
+
+
+def rank_agreement(table):
+    """How many pairs of models fine-tuning and k-NN rank alike, as a sentence."""
+    scores = []
+    for kind, arch, init in table:
+        if kind == "finetune" and ("knn_eval", arch, init) in table:
+            scores.append([summary(table[kind, arch, init])[0] for kind in ("finetune", "knn_eval")])
+    pairs = [(a, b) for a, b in itertools.combinations(scores, 2) if None not in (*a, *b)]
+    same = sum((a[0] - b[0]) * (a[1] - b[1]) > 0 for a, b in pairs)
+    if not pairs:
+        return "no runs to tell"
+    return f"they rank {same} of {len(pairs)} pairs of models (an architecture and its start) alike"
+
+
+# ---------------------------------------------------------------- the page ----------------------------------
+
+WARN = ("missing", "failed", "incomplete", "damaged", "left out", "collapsed", "leaking")
+STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:68rem;margin:2rem auto;padding:0 1rem;color:#222}
+div{overflow-x:auto}table{border-collapse:collapse;margin:0 0 1.5rem;font-size:.9em}th,td{padding:.2rem .6rem;
+text-align:right;white-space:nowrap;border-bottom:1px solid #ddd}
+th:first-child,td:first-child{text-align:left}
+td.long{white-space:normal;text-align:left;min-width:20rem}h3{font-size:1em;margin:1rem 0 0}ul{margin:.2rem 0}
+img{max-width:100%;height:auto}figure{margin:1.5rem 0}figcaption{color:#555;max-width:45rem}.warn{color:#a33}
+pre{white-space:pre-wrap;overflow-wrap:anywhere;background:#f6f6f6;padding:.5rem;font-size:.8em}"""
+
+
+def heading(text, level=2):
+    """A heading of the page."""
+    return f"<h{level}>{html.escape(text)}</h{level}>"
+
+
+def paragraph(text):
+    """A paragraph."""
+    return f"<p>{html.escape(text)}</p>"
+
+
+def bullets(lines):
+    """A list of lines."""
+    return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
+
+
+def code(lines):
+    """Lines of code."""
+    return f"<pre>{html.escape(chr(10).join(lines))}</pre>"
+
+
+def table_of(head, rows, caption=""):
+    """A table; cells that tell of trouble are marked."""
+    lines = ["".join(f"<th>{html.escape(str(cell))}" for cell in head)]
+    for row in rows:
+        cells = []
+        for cell in map(str, row):
+            style = "warn " * cell.startswith(WARN) + "long" * (len(cell) > 50)
+            cells.append(f'<td class="{style}">{html.escape(cell)}')
+        lines.append("".join(cells))
+    return paragraph(caption) + "<div><table><tr>" + "<tr>".join(lines) + "</table></div>"
+
+
+def figure_of(file, caption):
+    """A picture with its caption, in the page itself; file None: no run has it."""
+    text = html.escape(caption)
+    if not file:
+        return f'<p class="warn">{text} Missing: no run has it.</p>'
+    kind = "svg+xml" if file.suffix == ".svg" else "png"
+    data = base64.b64encode(file.read_bytes()).decode()
+    return (f'<figure><img alt="{text}" src="data:image/{kind};base64,{data}"><figcaption>{text}</figcaption></figure>')
+
+
+def write_page(path, title, parts):
+    """report.html from the parts of its body."""
+    head = ('<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+            f"<title>{html.escape(title)}</title><style>{STYLE}</style>")
+    page = f'<!doctype html><html lang="en">{head}{heading(title, 1)}' + "\n".join(parts) + "</html>\n"
+    common.write_atomic(path, lambda part: part.write_text(page, "utf-8"))
 
 
 # ---------------------------------------------------------------- tables ------------------------------------
@@ -341,33 +420,53 @@ MAP_SCORES = ("energy: share of the map inside the mask; pointing: share of imag
               "pixels go, come")
 
 
+def pretraining_table(runs):
+    """(head, rows) of the DINO runs."""
+    rows = []
+    for run in runs:
+        if run["kind"] == "pretrain_dino":
+            collapsed = (run.get("collapse") or "no").split(":")[0]
+            rows.append([run["folder"].name, run["init"], run.get("epochs"), number(run["val"].get("knn_before")),
+                         number(run["val"].get("knn")), collapsed])
+    return ["", "weights", "epochs", "before", "after", "collapsed"], rows
+
+
+def saliency_table(run):
+    """(head, rows) of a run of saliency.py."""
+    models = run["runs"]
+    names = list(models[0]["map"])
+    rows = []
+    for one in models:
+        values = [one["map"][name] for name in names]
+        cells = ["{:.3f} [{:.3f}, {:.3f}]".format(value["mean"], *value["interval"]) if value["interval"] else "undefined"
+                 for value in values]
+        beats = "yes" if one["gain_over_gaussian"][names[0]]["beats"] else "no"
+        rows.append([one["name"], one["method"], *cells, beats])
+    return ["", "method", *names, "beats a centred blob"], rows
+
+
+def attention_table(run):
+    """(head, rows) of a run of attn_distance.py."""
+    columns = {"first_block": "first block", "last_block": "last block", "mean": "all blocks", "uniform": "uniform attention"}
+    return ["", *columns.values()], [[one["name"], *(number(one[name], 1) for name in columns)] for one in run["runs"]]
+
+
 def other_tables(runs):
-    """Parts for the stages that are not scored by cell: pretraining, saliency, attention distance."""
-    rows = [[run["folder"].name, run["init"], run.get("epochs"), number(run["val"].get("knn_before")),
-             number(run["val"].get("knn")), (run.get("collapse") or "no").split(":")[0]]
-            for run in runs if run["kind"] == "pretrain_dino"]
-    parts = ["DINO pretraining: k-NN accuracy on validation before and after", (
-        ["", "weights", "epochs", "before", "after", "collapsed"], rows)] if rows else []
-    with_interval = lambda value: "{:.3f} [{:.3f}, {:.3f}]".format(  # noqa: E731
-        value["mean"], *value["interval"]) if value["interval"] else "undefined"
-    for run in (run for run in runs if run["kind"] in ("saliency", "attn_distance")):
+    """Parts of the page for the stages that are not scored by cell: pretraining, saliency, attention distance."""
+    parts = []
+    head, rows = pretraining_table(runs)
+    if rows:
+        parts.append(table_of(head, rows, "DINO pretraining: k-NN accuracy on validation before and after"))
+    for run in runs:
         try:
-            models = run["runs"]
             if run["kind"] == "saliency":
-                names = list(models[0]["map"])
-                caption = f"Saliency of {models[0]['images']} test images, mean [95 % interval]. {MAP_SCORES}"
-                parts += [caption, (
-                    ["", "method", *names, "beats a centred blob"],
-                    [[one["name"], one["method"], *(with_interval(one["map"][name]) for name in names),
-                      "yes" if one["gain_over_gaussian"][names[0]]["beats"] else "no"] for one in models])]
-            else:
-                columns = {"first_block": "first block", "last_block": "last block", "mean": "all blocks",
-                           "uniform": "uniform attention"}
-                parts += [f"Mean attention distance in pixels over {models[0]['images']} test images", (
-                    ["", *columns.values()],
-                    [[one["name"], *(number(one[name], 1) for name in columns)] for one in models])]
+                caption = f"Saliency of {run['runs'][0]['images']} test images, mean [95 % interval]. {MAP_SCORES}"
+                parts.append(table_of(*saliency_table(run), caption))
+            elif run["kind"] == "attn_distance":
+                caption = f"Mean attention distance in pixels over {run['runs'][0]['images']} test images"
+                parts.append(table_of(*attention_table(run), caption))
         except (KeyError, TypeError, IndexError) as error:
-            parts.append(f"{run['folder'].name}: its metrics.json lacks what a table needs ({error!r}).")
+            parts.append(paragraph(f"{run['folder'].name}: its metrics.json lacks what a table needs ({error!r})."))
     return parts
 
 
@@ -375,82 +474,122 @@ def other_tables(runs):
 
 BARS = ("Error bars: one standard deviation over seeds or, of a single seed, the 95 % interval over test "
         "images.")
-CAPTIONS = {
-    "figure1.png": f"Test score by starting weights, median over seeds. {BARS}",
-    "figure2.png": "Segmentation of test images: the truth in yellow, one model in blue, the other in red, "
-                   "where they differ most and where they differ little.",
-    "figure3.png": f"Test score against the number of parameters, median over seeds. {BARS}",
-    "figure4.png": "Where the models look, on the same test images: Grad-CAM of a CNN, attention of a ViT's "
-                   "class token, each with the class that the model predicts and its probability.",
-    "figure5.png": "How far attention reaches in each block, in pixels of the image: a point per head; the "
-                   "dashed line is what uniform attention would have."}
+CAPTIONS = [
+    f"Test score by starting weights, median over seeds. {BARS}",
+    "Segmentation of test images: the truth in yellow, one model in blue, the other in red, where they differ most and "
+    "where they differ little.",
+    f"Test score against the number of parameters, median over seeds. {BARS}",
+    "Where the models look, on the same test images: Grad-CAM of a CNN, attention of a ViT's class token, each with the "
+    "class that the model predicts and its probability.",
+    "How far attention reaches in each block, in pixels of the image: a point per head; the dashed line is what uniform "
+    "attention would have."]
 
 
-def bar_panels(key, table):
-    """Figure 1: a panel for fine-tuning and one for k-NN, a group of bars per init."""
-    panels, colours = [], archs_and_inits(table, *STAGES)[0]
-    found = {cell: summary(by_seed) for cell, by_seed in table.items()}
-    top = max((median + (error or (0, 0))[1] for median, error, n in found.values() if n), default=1)
-    for kind in ("finetune", "knn_eval"):
+def error_bars(found):
+    """(2, n) half lengths of error bars, down and up, of summaries (median, (down, up) or None, n); 0 where none."""
+    return np.array([error or (0, 0) for _, error, _ in found]).T
+
+
+def draw_bars(path, groups):
+    """Figure 1: of each dataset a panel for fine-tuning and one for k-NN, a group of bars per init."""
+    panels = []
+    for key, table in groups:
+        panels += [(key, table, kind) for kind in ("finetune", "knn_eval") if any(cell[0] == kind for cell in table)]
+    if not panels:
+        return
+    columns = min(2, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure, axes = common.new_figure(path, 3.4 * columns, 2.8 * rows, rows, columns)
+    if figure is None:
+        return
+    for axis in axes.flat[len(panels):]:
+        axis.set_axis_off()
+    for axis, (key, table, kind) in zip(axes.flat, panels):
+        colours = dict(zip(archs_and_inits(table, *STAGES)[0], common.COLOURS * 9))
         archs, inits = archs_and_inits(table, kind)
-        series = []
-        for arch in archs:
-            heights, errors, _ = zip(*(found.get((kind, arch, init), (None, None, 0)) for init in inits))
-            series.append({"label": arch, "kind": "bars", "colour": colours.index(arch),
-                           "x": range(len(inits)), "y": heights, "error": errors})
-        if series:
-            panels.append({"title": f"{key[0]}: {STAGES[kind]}", "xlabel": "starting weights",
-                           "ylabel": f"test {key[3]}", "xnames": inits, "ylim": (0, top), "series": series})
-    return panels
+        width = 0.8 / len(archs)
+        for k, arch in enumerate(archs):
+            places = [i for i, init in enumerate(inits) if (kind, arch, init) in table]
+            found = [summary(table[kind, arch, inits[i]]) for i in places]
+            axis.bar([i + (k + 0.5) * width - 0.4 for i in places], [median or 0 for median, _, _ in found], 0.92 * width,
+                     yerr=error_bars(found), capsize=2, color=colours[arch], ecolor="#444444", label=arch)
+        axis.set_xticks(range(len(inits)), inits, rotation=20 * (max(map(len, inits)) * len(inits) > 36))
+        axis.set(title=f"{key[0]}: {STAGES[kind]}", ylabel=f"test {key[3]}", xlabel="starting weights")
+        axis.set_ylim(top=1.25 * axis.get_ylim()[1])  # room for the legend
+        axis.grid(axis="y", color="#dddddd")
+        axis.set_axisbelow(True)
+        axis.legend(loc="upper left", ncols=2, fontsize=7)
+    common.save_figure(figure, path)
 
 
-def capacity_panels(key, table):
-    """Figure 3: a line per family and init over the number of parameters."""
-    lines, inits = defaultdict(list), archs_and_inits(table, "finetune")[1]
-    for (kind, arch, init), by_seed in table.items():  # by size
-        median, error, n = summary(by_seed)
-        if kind == "finetune" and n:
-            lines[init, is_vit(arch)].append((size_of(by_seed), median, error))
-    series = [{"label": f"{'ViT' if vit else 'CNN'}, {init}", "marker": 2 * vit,
-               "colour": 2 * inits.index(init) + vit, **dict(zip(("x", "y", "error"), zip(*points)))}
-              for (init, vit), points in lines.items()]
-    return [{"title": f"{key[0]}: capacity, fine-tuned", "xlabel": "parameters (millions)",
-             "ylabel": f"test {key[3]}", "series": series}] if series else []
+def draw_capacity(path, groups):
+    """Figure 3: a panel per dataset; a line per family and init over the number of parameters."""
+    groups = [(key, table) for key, table in groups if any(cell[0] == "finetune" for cell in table)]
+    if not groups:
+        return
+    columns = min(2, len(groups))
+    rows = math.ceil(len(groups) / columns)
+    figure, axes = common.new_figure(path, 4.2 * columns, 3 * rows, rows, columns)
+    if figure is None:
+        return
+    for axis in axes.flat[len(groups):]:
+        axis.set_axis_off()
+    for axis, (key, table) in zip(axes.flat, groups):
+        lines = defaultdict(dict)
+        for (kind, arch, init), by_seed in table.items():  # by size
+            if kind == "finetune" and summary(by_seed)[2]:
+                lines[is_vit(arch), init][size_of(by_seed)] = summary(by_seed)
+        for k, ((vit, init), points) in enumerate(lines.items()):
+            axis.errorbar(list(points), [median for median, _, _ in points.values()], error_bars(points.values()),
+                          marker="s" if vit else "o", linestyle="--" if vit else "-", capsize=2, markersize=4,
+                          color=common.COLOURS[k % 7], label=f"{'ViT' if vit else 'CNN'}, {init}")
+        sizes = sorted({size for points in lines.values() for size in points})
+        axis.set_xscale("log")
+        axis.set_xticks(sizes, [f"{size:.0f}" if size >= 2 else f"{size:.1g}" for size in sizes], fontsize=7)
+        axis.minorticks_off()
+        axis.set(title=f"{key[0]}: capacity, fine-tuned", xlabel="parameters (millions)", ylabel=f"test {key[3]}")
+        axis.grid(axis="y", color="#dddddd")
+        axis.legend(fontsize=7, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.1))
+    common.save_figure(figure, path)
 
 
-def figures(runs, groups, output):
-    """Draw or copy the paper's five figures; [(file name or None, caption)], None where no run has it."""
-    captions = dict(CAPTIONS)
-    for name in captions:
-        (output / name).unlink(missing_ok=True)  # an earlier report may have had it
-    for name, draw, size in (("figure1.png", bar_panels, (640, 420)),
-                             ("figure3.png", capacity_panels, (640, 480))):
-        panels = [panel for key, table in groups for panel in draw(key, table)]
-        if panels:
-            common.draw_plot(output / name, panels, size, 1 if len(groups) == 1 else 2, 22)
-    drawn = {"figure2.png": {record.with_suffix(".png") for run in runs
-                             for record in run["folder"].parent.glob("comparison*.json")},
-             "figure4.png": {run["folder"] / "saliency.png" for run in runs},
-             "figure5.png": {run["folder"] / "attn_distance.png" for run in runs}}  # by the stages
-    for name, files in drawn.items():
-        files = sorted(filter(Path.exists, files), key=lambda file: (file.stat().st_mtime, file))
-        if files:  # the newest
-            shutil.copyfile(files[-1], output / name)
-        if files and name == "figure2.png":
-            try:
-                record = json.loads(files[-1].with_suffix(".json").read_text())
-                scores = [f"{model} has a mean IoU of {number(iou)}" for model, iou in
-                          zip(record["names"], record["iou"])]
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                scores = [f"{files[-1].with_suffix('.json')} cannot be read ({error!r})"]
-            captions[name] += f" {', '.join(scores)}."
-        if len(files) > 1:
-            captions[name] += f" {files[-1]} is shown; there are {len(files) - 1} more."
-    return [(name if (output / name).exists() else None, f"Figure {name[6]}. {caption}")
-            for name, caption in captions.items()]
+def newest(files):
+    """(the newest of some files or None, a note on the others)."""
+    files = sorted(filter(Path.exists, files), key=lambda file: (file.stat().st_mtime, file))
+    if not files:
+        return None, ""
+    return files[-1], f" {files[-1]} is shown; there are {len(files) - 1} more." if len(files) > 1 else ""
 
 
-# ---------------------------------------------------------------- what to say -------------------------------
+def figures(runs, groups, output, kind):
+    """Draw figures 1 and 3 as PNG and as `kind`, copy the others from their stages: parts of the page, figures drawn."""
+    notes = [""] * 5
+    for file in output.glob("figure[1-5].*"):
+        file.unlink()  # an earlier report may have had it
+    for suffix in {"png", kind}:
+        draw_bars(output / f"figure1.{suffix}", groups)
+        draw_capacity(output / f"figure3.{suffix}", groups)
+    compared, notes[1] = newest({record.with_suffix(".png") for run in runs
+                                 for record in run["folder"].parent.glob("comparison*.json")})
+    looked, notes[3] = newest({run["folder"] / "saliency.png" for run in runs})
+    reached, notes[4] = newest({run["folder"] / "attn_distance.png" for run in runs})
+    for number_of, file in ((2, compared), (4, looked), (5, reached)):
+        if file:
+            shutil.copyfile(file, output / f"figure{number_of}.png")
+    if compared:
+        try:
+            record = json.loads(compared.with_suffix(".json").read_text())
+            scores = [f"{name} has a mean IoU of {number(iou)}" for name, iou in zip(record["names"], record["iou"])]
+            notes[1] = f" {', '.join(scores)}.{notes[1]}"
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            notes[1] = f" {compared.with_suffix('.json')} cannot be read ({error!r}).{notes[1]}"
+    files = [output / f"figure{k + 1}.png" for k in range(5)]
+    files = [file if file.exists() else None for file in files]
+    parts = [figure_of(file, f"Figure {k + 1}. {CAPTIONS[k]}{notes[k]}") for k, file in enumerate(files)]
+    return parts, sum(file is not None for file in files)
+
+
+# ---------------------------------------------------------------- sections ----------------------------------
 
 def introduction(key, members, table):
     """What was compared, on how many images, and what to mind, as paragraphs."""
@@ -476,23 +615,25 @@ def introduction(key, members, table):
 
 
 def section_of(key, members, table):
-    """The section of one setting: (heading, parts)."""
-    parts, pairs = introduction(key, members, table), comparisons(table)
+    """The section of one setting, as parts of the page."""
+    pairs = comparisons(table)
     kinds = list(dict.fromkeys(cell[0] for cell in table))
-    for question, said in itertools.groupby(answers(table, pairs), lambda pair: pair[0]):
-        parts += [question, [answer for _, answer in said]]
+    what = "segmentation" if "segment" in kinds else "classification"
+    parts = [heading(f"{key[0]}: {what}, by {key[3]}"), *map(paragraph, introduction(key, members, table))]
+    for question, lines in answers(table, pairs).items():
+        parts += [heading(question, 3), bullets(lines)]
     for kind in kinds:
-        parts += [f"Table: {STAGES[kind]}, test {key[3]}: median ± standard deviation over n seeds; of one "
-                  "seed, the [95 % interval] over test images", score_table(table, kind)]
+        parts.append(table_of(*score_table(table, kind), f"Table: {STAGES[kind]}, test {key[3]}: median ± standard deviation "
+                              "over n seeds; of one seed, the [95 % interval] over test images"))
     if "finetune" in kinds:
-        parts += ["Table: capacity, fine-tuned", capacity_table(table)]
+        parts.append(table_of(*capacity_table(table), "Table: capacity, fine-tuned"))
     if "segment" in kinds:
-        parts += ["Table: segmentation, means over test images, median ± standard deviation over n seeds",
-                  segment_table(table)]
+        parts.append(table_of(*segment_table(table), "Table: segmentation, means over test images, median ± standard "
+                              "deviation over n seeds"))
     if pairs:
-        parts += ["Table: paired differences over the same seeds and the same resampled test images (singly, "
-                  "so the intervals are too narrow where a patient has several)", pair_table(pairs)]
-    return f"{key[0]}: {'segmentation' if 'segment' in kinds else 'classification'}, by {key[3]}", parts
+        parts.append(table_of(*pair_table(pairs), "Table: paired differences over the same seeds and the same resampled test "
+                              "images (singly, so the intervals are too narrow where a patient has several)"))
+    return parts
 
 
 def health(run, collapsed):
@@ -509,81 +650,24 @@ def health(run, collapsed):
     return notes
 
 
-def closing_sections(places, runs, troubles):
+def closing_parts(runs, troubles):
     """The health of each run, troubles first; the exact commands, devices and versions."""
     collapsed = {run["folder"].name for run in runs if run.get("collapse")}
-    states = [[run["folder"].name, "; ".join(health(run, collapsed)) or "complete",
-               number(run.get("seconds"), 0)] for run in runs]
-    states = [[folder.name, trouble, "-"] for folder, trouble in troubles] + sorted(
-        states, key=lambda row: row[1] == "complete")
-    settings = sorted(file for place in places for file in Path(place).rglob("logs/settings"))
+    states = [[folder.name, trouble, "-"] for folder, trouble in troubles]
+    healthy = []
     machines, commands = set(), []
     for run in runs:
+        notes = health(run, collapsed)
+        (states if notes else healthy).append([run["folder"].name, "; ".join(notes) or "complete",
+                                               number(run.get("seconds"), 0)])
         args, count = run["args"], run["args"].get("world_size", 1)
-        commands.append(("$ python " if count == 1 else f"$ torchrun --nproc_per_node {count} ")
-                        + args.get("command", f"(unknown, of {run['folder']})"))
+        launcher = "python" if count == 1 else f"torchrun --nproc_per_node {count}"
+        commands.append(f"{launcher} {args.get('command', '(unknown, of {})'.format(run['folder']))}")
         if args:
-            versions = args.get("versions", {}).items()
-            machines.add(", ".join([str(args.get("device")), *map(" ".join, versions)]))
+            machines.add(", ".join([str(args.get("device")), *map(" ".join, args.get("versions", {}).items())]))
     count = f"{len(runs)} complete, {len(troubles)} failed, incomplete, damaged or left out."
-    return [("Health of each run", [count, (["run", "state", "seconds"], states)]),
-            ("Commands and versions", ["$ " + file.read_text(errors="replace").strip() for file in settings]
-             + sorted(machines) + ["\n".join(commands)])]
-
-
-# ---------------------------------------------------------------- writing -----------------------------------
-
-def rendered(part, output):
-    """(Markdown, HTML) of a part of a section: text (a question ends with ?), code ("$ ..."), a list of
-    lines, a table (head, rows), or a figure (file name or None, caption)."""
-    if isinstance(part, str):
-        mark, tag = ("```\n{}\n```", "pre") if part.startswith("$ ") else \
-            ("**{}**", "h3") if part.endswith("?") else ("{}", "p")
-        return mark.format(part), f"<{tag}>{html.escape(part)}</{tag}>"
-    if isinstance(part, list):
-        return ("\n".join(f"- {line}" for line in part),
-                "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in part) + "</ul>")
-    if isinstance(part[0], list):
-        head, *rows = [[str(cell) for cell in row] for row in (part[0], *part[1])]
-        lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
-                 for row in (head, ["---"] * len(head), *rows)]
-        tags = [[f"<th>{html.escape(cell)}" for cell in head], *(
-            [f'<td class="{"warn " * cell.startswith(WARN)}{"long" * (len(cell) > 50)}">{html.escape(cell)}'
-             for cell in row] for row in rows)]
-        return "\n".join(lines), f"<div><table>{''.join('<tr>' + ''.join(row) for row in tags)}</table></div>"
-    (name, caption), text = part, html.escape(part[1])
-    if not name:
-        return f"{caption} *Missing: no run has it.*", f'<p class="warn">{text} Missing: no run has it.</p>'
-    data = base64.b64encode((output / name).read_bytes()).decode()
-    with Image.open(output / name) as image:
-        width = min(image.width * 96 // 200, 960)  # pictures have 200 dots an inch
-    return f"![{caption}]({name})\n\n{caption}", (
-        f'<figure><img width="{width}" alt="{text}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{text}</figcaption></figure>")
-
-
-WARN = ("missing", "failed", "incomplete", "damaged", "left out", "collapsed", "leaking")
-STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:68rem;margin:2rem auto;padding:0 1rem;color:#222}
-div{overflow-x:auto}table{border-collapse:collapse;margin:0 0 1.5rem;font-size:.9em}th,td{padding:.2rem .6rem;
-text-align:right;white-space:nowrap;border-bottom:1px solid #ddd}
-th:first-child,td:first-child{text-align:left}
-td.long{white-space:normal;text-align:left;min-width:20rem}h3{font-size:1em;margin:1rem 0 0}ul{margin:.2rem 0}
-img{max-width:100%;height:auto}figure{margin:1.5rem 0}figcaption{color:#555;max-width:45rem}.warn{color:#a33}
-pre{white-space:pre-wrap;overflow-wrap:anywhere;background:#f6f6f6;padding:.5rem;font-size:.8em}"""
-
-
-def write_report(output, title, sections):
-    """report.md and report.html from [(heading, parts)]."""
-    blocks = [(f"# {title}", f"<h1>{html.escape(title)}</h1>")]
-    for heading, parts in sections:
-        blocks += [(f"## {heading}", f"<h2>{html.escape(heading)}</h2>"),
-                   *(rendered(part, output) for part in parts)]
-    text, page = zip(*blocks)
-    head = ('<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-            f"<title>{html.escape(title)}</title><style>{STYLE}</style>")
-    (output / "report.md").write_text("\n\n".join(text) + "\n", "utf-8")
-    (output / "report.html").write_text(f'<!doctype html><html lang="en">{head}' + "\n".join(page)
-                                        + "</html>\n", "utf-8")
+    return [heading("Health of each run"), table_of(["run", "state", "seconds"], states + healthy, count),
+            heading("Commands and versions"), *map(paragraph, sorted(machines)), code(commands)]
 
 
 def write_results(output, runs):
@@ -599,39 +683,44 @@ def write_results(output, runs):
 
 def main():
     """Read, tabulate, draw, write."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(f"{message} (--help lists all arguments)")
     parser.add_argument("runs", nargs="+", help="run folders, or folders of them")
     parser.add_argument("--output", help="default: report/ in the first folder")
+    parser.add_argument("--format", default="png", choices=["png", "pdf", "svg"],
+                        help="of figures 1 and 3, beside the PNG of the page (the others are their stages' PNG)")
     args = parser.parse_args()
     runs, troubles = read_runs(args.runs)
     output = Path(args.output or Path(args.runs[0]) / "report")
     try:
         output.mkdir(parents=True, exist_ok=True)
-        write_results(output, runs)
     except OSError as error:
         fail(f"--output {output} cannot be written ({error})")
+    write_results(output, runs)
 
-    settings, tables, sections = defaultdict(list), [], []
+    settings = defaultdict(list)  # what runs must share to be put into one table
     for run in runs:
-        if run["kind"] in STAGES:  # what runs must share to be put into one table
+        if run["kind"] in STAGES:
             settings[run["dataset"], run.get("split"), run.get("image_size"), run["metric"]].append(run)
-    for key, group in sorted(settings.items(), key=lambda item: (item[1][0]["kind"] == "segment",
-                                                                 -len(item[1]))):
+    tables, parts = [], []
+    for key, group in sorted(settings.items(), key=lambda item: (item[1][0]["kind"] == "segment", -len(item[1]))):
         table, spare = cells(group)
         troubles += [(run["folder"], f"left out of the tables: {why}") for run, why in spare]
         tables.append((key, table))
-        sections.append(section_of(key, group, table))
+        parts += section_of(key, group, table)
     classified = [(key, table) for key, table in tables if any(cell[0] != "segment" for cell in table)]
     if max(len(classified), len(tables) - len(classified)) > 1:
-        sections.insert(0, ("Runs that do not belong together", [
-            "These differ in dataset, split, image size or headline metric. They are tabulated and drawn "
-            "apart and never averaged:", ["{}, split {}, {} pixels, {}".format(*key) for key, _ in tables]]))
-    made, others = figures(runs, classified, output), other_tables(runs)
-    sections += [("Pretraining, saliency, attention", others)] if others else []
-    sections += [("Figures", made), *closing_sections(args.runs, runs, troubles)]
-    write_report(output, f"{tables[0][0][0] if tables else 'Runs'}: a pretrained ViT, or a CNN?", sections)
+        parts = [heading("Runs that do not belong together"), paragraph(
+            "These differ in dataset, split, image size or headline metric. They are tabulated and drawn apart and never "
+            "averaged:"), bullets(["{}, split {}, {} pixels, {}".format(*key) for key, _ in tables]), *parts]
+    made, drawn = figures(runs, classified, output, args.format)
+    others = other_tables(runs)
+    if others:
+        parts += [heading("Pretraining, saliency, attention"), *others]
+    parts += [heading("Figures"), *made, *closing_parts(runs, troubles)]
+    title = f"{tables[0][0][0] if tables else 'Runs'}: a pretrained ViT, or a CNN?"
+    write_page(output / "report.html", title, parts)
+
     for (dataset, _, _, metric), table in tables:
         for kind in dict.fromkeys(cell[0] for cell in table):
             head, body = score_table(table, kind)
@@ -639,8 +728,7 @@ def main():
             say("")
     for folder, trouble in troubles:
         print(f"note: {folder}: {trouble}", file=sys.stderr)
-    drawn = sum(name is not None for name, _ in made)
-    say(f"written: {output}/report.html, report.md, results.csv and {drawn} of 5 figures")
+    say(f"written: {output}/report.html, results.csv and {drawn} of 5 figures")
 
 
 if __name__ == "__main__":

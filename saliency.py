@@ -10,17 +10,18 @@ Zuidema 2020); or Grad-CAM. Maps are scored against the lesion where there are m
 insertion (Petsiuk et al. 2018), beside a random map and a Gaussian: one that beats neither explains nothing.
 """
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageFilter
+from PIL import Image
 from tqdm import tqdm
 
 import common
-from common import Dataset, fail, say
+from common import fail, say
 
 GAUSSIAN = 0.25  # standard deviation of the centred Gaussian, as a share of the side
 STEPS = 20  # of the deletion and insertion curves
@@ -42,13 +43,14 @@ def arguments():
     group.add_argument("--target", help="class to explain (default: the predicted one)")
     group.add_argument("--batch-size", type=int, default=16, help="images at a time (default 16)")
     args = common.parse(parser, "saliency")
-    if any(count is not None and count < 1 for count in (args.images, args.score_images)) or not (
-            0 < args.mass <= 1):
+    if min(args.images or 1, args.score_images or 1) < 1 or not 0 < args.mass <= 1:
         fail("expected --images and --score-images of at least 1, and 0 < --mass <= 1")
     if args.init != "random" or args.compile:
         fail("--init and --compile have no place here: give the trained models as --runs")
     return args
 
+
+# ---------------------------------------------------------------- maps --------------------------------------
 
 def class_logits(logits, task):
     """(B, C) float32; a lone logit l of two classes becomes [-l/2, l/2], whose softmax is [1 - p, p]."""
@@ -74,7 +76,8 @@ def grad_cam(model, images, targets, task):
     """Grad-CAM (B, h, w) float32 and the logits (B, C) for targets (B,), or None for the predicted classes:
     relu(sum_k a_k A_k), a_k the mean over places of d score / d A_k (Selvaraju et al. 2017, eq. 1, 2). A: the
     last feature map; in ViTs the patch tokens entering the last attention, after which only CLS is read."""
-    last, kept = getattr(model, "blocks", [None])[-1], []
+    last = getattr(model, "blocks", [None])[-1]
+    kept = []
     if hasattr(last, "norm1"):
         hook = last.norm1.register_forward_hook(lambda module, inputs, output: kept.append(output))
         logits = model(images)
@@ -113,13 +116,14 @@ def keep_mass(maps, mass):
 
 def explain(model, read, images, meta, args):
     """Maps (B, h, w), probabilities (B, C) and targets (B,) for normalised images, by the model's method."""
-    targets = args.target and torch.full((len(images),), meta["classes"].index(args.target)).to(images.device)
+    targets = None
+    if args.target is not None:
+        targets = torch.full((len(images),), meta["classes"].index(args.target), device=images.device)
     if meta["method"] == "gradcam":
         maps, logits = grad_cam(model, images, targets, meta["task"])
     else:
         blocks, grid = read(images), model.patch_embed.grid_size
-        attend = meta["method"] == "attention"
-        maps = cls_attention(blocks[-1], grid, args.head) if attend else rollout(blocks, grid)
+        maps = cls_attention(blocks[-1], grid, args.head) if meta["method"] == "attention" else rollout(blocks, grid)
         with torch.inference_mode():
             logits = model(images)
     chances = probabilities(logits, meta["task"])
@@ -130,6 +134,8 @@ def enlarge(maps, size, smooth):
     """(B, h, w) -> (B, *size): bilinear for feature maps; attention stays in its patches."""
     return F.interpolate(maps[:, None], size, mode="bilinear" if smooth else "nearest-exact")[:, 0]
 
+
+# ---------------------------------------------------------------- scores ------------------------------------
 
 def localisation(full, kept, mask):
     """How well a map finds a lesion, all (H, W): energy (share of `kept` inside; Wang et al. 2020), pointing
@@ -165,21 +171,27 @@ def curves(model, images, maps, targets, task, run):
 
 
 def summarise(scores, groups, seed):
-    """scores {kind: [{name: number or NaN} an image]} -> {kind: {name: mean and 95 % interval}}, with
-    gain_over_KIND for the paired differences (of deletion, the drop), which "beats" if it lies above 0."""
-    names, result = list(scores["map"][0]), {}
-    table = {kind: np.array([[one[name] for name in names] for one in scores[kind]]) for kind in KINDS}
+    """scores {kind: [{name: number or NaN} an image]} -> {kind: {name: mean and 95 % interval}}, with gain_over_KIND
+    for the paired differences (of deletion, the drop), which "beats" if it lies above 0."""
+    names = list(scores["map"][0])
+    table = {kind: np.array([[image[name] for name in names] for image in scores[kind]]) for kind in KINDS}
     sign = [-1 if name == "deletion" else 1 for name in names]
-    table |= {f"gain_over_{kind}": (table["map"] - table[kind]) * sign for kind in KINDS[1:]}
+    for kind in KINDS[1:]:
+        table[f"gain_over_{kind}"] = (table["map"] - table[kind]) * sign
+    result = {}
     for kind, columns in table.items():
-        result[kind] = {}
-        for name, x in zip(names, columns.T):
-            mean = lambda at, x=x: None if np.isnan(x[at]).all() else float(np.nanmean(x[at]))  # noqa: E731
-            interval = common.bootstrap_interval(mean, len(x), groups, seed)
-            result[kind][name] = {"mean": mean(slice(None)), "interval": interval}
-            if kind not in KINDS:
-                result[kind][name]["beats"] = bool(interval and interval[0] > 0)
+        result[kind] = {name: mean_with_interval(values, groups, seed) for name, values in zip(names, columns.T)}
+        if kind not in KINDS:
+            for cell in result[kind].values():
+                cell["beats"] = bool(cell["interval"] and cell["interval"][0] > 0)
     return result
+
+
+def mean_with_interval(values, groups, seed):
+    """{"mean", "interval"}: of values (n,), NaN left out, with the 95 % interval over images or groups."""
+    def mean(rows):
+        return None if np.isnan(values[rows]).all() else float(np.nanmean(values[rows]))
+    return {"mean": mean(slice(None)), "interval": common.bootstrap_interval(mean, len(values), groups, seed)}
 
 
 def lesion(mask, ignore):
@@ -195,13 +207,16 @@ def view_mask(mask, size, ignore=None):
     return lesion(mask[np.ix_(at, at)], ignore)
 
 
+# ---------------------------------------------------------------- models and images -------------------------
+
 def open_model(name, number, args):
     """(model, attention reader or None, meta) of one of --runs; meta also gets run, label and method."""
     path = Path(name) / "model.pt" if Path(name).is_dir() else Path(name)
     if not path.is_file():
         fail(f"--runs {name}: no model.pt there; give the folder of a run that finetune.py has trained")
     model, meta = common.load_trained(path)
-    read, label = common.attention_reader(model), path.resolve().parent.name
+    read = common.attention_reader(model)
+    label = path.resolve().parent.name
     if label in [Path(other).resolve().name for other in args.runs[:number]]:
         label += f"-{number}"
     method = args.method if read else "gradcam"
@@ -217,54 +232,42 @@ def open_model(name, number, args):
     return model, read, meta
 
 
-def read_files(files, meta):
-    """The Dataset of --files, decoded and fitted as the data of a model, in memory: a test split alone."""
-    for path in files:
-        if not Path(path).is_file():
-            fail(f"--files {path}: there is no such file")
-    squares, sizes, broken = [], [], {}
-    for images, shapes in common.load_files(files, meta["side"], meta["fit"], broken):
-        squares.append(images.numpy())
-        sizes += shapes
-    for path, why in broken.items():
-        fail(f"--files {path} cannot be decoded ({why})")
-    rows = {"train": np.arange(0), "val": np.arange(0), "test": np.arange(len(files))}
-    return Dataset(Path("files"), "files", np.concatenate(squares), None, files, np.array(sizes), rows, meta["task"],
-                   meta["classes"], None, None, [], "accuracy", False, meta["mean"], meta["std"], meta["fit"], None, {},
-                   " ".join(files))
-
-
 def look(model, read, meta, dataset, rows, drawn, args, run):
     """Explain and score rows of a dataset with one model: scores {kind: [{name: number} an image]}; pictures {row: (map
     (S, S) of the view, target)} for the rows in `drawn`; probabilities (N, C); number of blank maps."""
     generator = torch.Generator().manual_seed(args.seed)
     size, smooth = meta["image_size"], meta["method"] == "gradcam"
     line = torch.exp(-(torch.linspace(-0.5, 0.5, size) / GAUSSIAN) ** 2 / 2)
-    scores, pictures, every, blank = {kind: [] for kind in KINDS}, {}, [], 0
+    scores = {kind: [] for kind in KINDS}
+    pictures, probabilities_of, blank = {}, [], 0
     batches = common.shards(rows, run, args.batch_size)
     loader = common.load_batches(dataset.images, batches, run.device)
     for batch, pixels in tqdm(zip(batches, loader), meta["name"], len(batches), leave=False):
         images = common.eval_view(pixels, size, meta["mean"], meta["std"])
         maps, chances, targets = explain(model, read, images, meta, args)
-        every, blank = every + [chances], blank + int((maps.amax((1, 2)) <= 0).sum())
+        probabilities_of.append(chances)
+        blank += int((maps.amax((1, 2)) <= 0).sum())
         coarse = {"map": maps.cpu(), "random": torch.rand(maps.shape, generator=generator)}
         full = {kind: enlarge(values, (size, size), smooth) for kind, values in coarse.items()}
         full["gaussian"] = coarse["gaussian"] = torch.outer(line, line).expand(len(batch), -1, -1)
-        kept = {kind: enlarge(keep_mass(x, meta["mass"]), (size, size), smooth) for kind, x in coarse.items()}
-        pictures |= {row: (kept["map"][i], int(targets[i])) for i, row in enumerate(batch) if row in drawn}
-        masks = None
-        if dataset.masks is not None:
-            masks = [view_mask(dataset.masks[row], size, dataset.ignore) for row in batch]
+        kept = {kind: enlarge(keep_mass(values, meta["mass"]), (size, size), smooth) for kind, values in coarse.items()}
+        for i, row in enumerate(batch):
+            if row in drawn:
+                pictures[row] = kept["map"][i], int(targets[i])
         for kind in KINDS:
-            if masks:
-                scores[kind] += map(localisation, full[kind].numpy(), kept[kind].numpy(), masks)
-            else:
+            if dataset.masks is None:
                 scores[kind] += curves(model, images, full[kind].to(run.device), targets, meta["task"], run)
+                continue
+            for i, row in enumerate(batch):
+                mask = view_mask(dataset.masks[row], size, dataset.ignore)
+                scores[kind].append(localisation(full[kind][i].numpy(), kept[kind][i].numpy(), mask))
     if min(maps.shape[1:]) < 4 and not hasattr(model, "patch_embed"):  # strides pad above and left alone
         say(f"note: Grad-CAM of {meta['name']} has only {maps.shape[1]} x {maps.shape[2]} places at {size} "
             "pixels, and padding alone makes one corner stand out; train at 224 pixels for 7 x 7")
-    return scores, pictures, np.concatenate(every), blank
+    return scores, pictures, np.concatenate(probabilities_of), blank
 
+
+# ---------------------------------------------------------------- pictures ----------------------------------
 
 def place_map(view_map, side, height, width, fit):
     """A map (S, S) of the model's view put into the whole image, (height, width) float32, 0 where the model did not
@@ -289,109 +292,138 @@ def overlay(pixels, heat, view):
 
 
 def draw_originals(dataset, rows):
-    """First row of the grid: the images with the lesion's border; their classes (or files) as captions."""
-    images, captions = [], []
+    """First row of the grid: (images, captions, outlines): the images with their classes (or files) as captions, and
+    the outlines of their lesions."""
+    images, captions, outlines = [], [], []
     for row in rows:
-        picture = common.in_proportion(dataset.images[row], dataset.sizes[row], dataset.fit, 320)
+        images.append(common.in_proportion(dataset.images[row], dataset.sizes[row], dataset.fit, 320))
+        outlines.append([])
         if dataset.masks is not None:
-            mask = lesion(dataset.masks[row], dataset.ignore).astype(np.uint8)
-            mask = common.from_square(mask, *picture.shape[:2], dataset.fit, Image.Resampling.NEAREST)
-            inner = np.asarray(Image.fromarray(mask).filter(ImageFilter.MinFilter(5)))
-            picture = np.where((mask > inner)[..., None], (0, 255, 255), picture).astype(np.uint8)
-        images.append(picture)
+            mask = 255 * lesion(dataset.masks[row], dataset.ignore).astype(np.uint8)
+            mask = common.in_proportion(mask, dataset.sizes[row], dataset.fit, 320) > 127
+            outlines[-1].append((mask, "#00ffff"))
         if dataset.labels is None:
             captions.append(Path(dataset.paths[row]).name[-26:])
         else:
             label = dataset.labels[row]
-            label = [label] if dataset.task == "classes" else np.flatnonzero(label > 0.5)
-            captions.append(", ".join(dataset.classes[c] for c in label)[:26])
-    return images, captions, "image"
+            names = [label] if dataset.task == "classes" else np.flatnonzero(label > 0.5)
+            captions.append(", ".join(dataset.classes[c] for c in names)[:26])
+    return images, captions, outlines
 
 
-def draw_run(folder, meta, dataset, rows, drawn, pictures, chances, right):
-    """A run's row: overlays and captions of the images `drawn` of the rows. Writes maps-RUN.npz: map_0,
-    map_1, ... float32 at the resolution of the files; paths, probabilities and the classes explained."""
-    positions, images, captions, arrays = np.flatnonzero(np.isin(rows, drawn)), [], [], {}
-    for number, (n, row) in enumerate(zip(positions, drawn)):
-        view_map, _ = pictures[row]
+def draw_run(meta, dataset, drawn, pictures, chances, right):
+    """A run's row: (overlays, captions, no outlines) of the images `drawn`, whose probabilities are chances (n, C)."""
+    images, captions = [], []
+    for n, row in enumerate(drawn):
         pixels = common.in_proportion(dataset.images[row], dataset.sizes[row], dataset.fit, 320)
-        arrays[f"map_{number}"], _ = place_map(view_map, dataset.side, *map(int, dataset.sizes[row]), dataset.fit)
-        images.append(overlay(pixels, *place_map(view_map, dataset.side, *pixels.shape[:2], dataset.fit)))
-        text = f"{meta['classes'][chances[n].argmax()][:16]} {chances[n].max():.0%}"
-        captions.append(text if right is None else (f"{text} right", "#00702e") if right[n] else
-                        (f"{text} WRONG", "#c00000"))
-    arrays |= {"paths": np.array([dataset.paths[row] for row in drawn]), "probabilities": chances[positions],
-               "explained": np.array([meta["classes"][pictures[row][1]] for row in drawn])}
+        if pixels.ndim == 2:
+            pixels = pixels[..., None].repeat(3, 2)
+        images.append(overlay(pixels, *place_map(pictures[row][0], dataset.side, *pixels.shape[:2], dataset.fit)))
+        text = f"{meta['classes'][chances[n].argmax()][:26]}\n{chances[n].max():.0%}"
+        if right is not None:
+            text = (f"{text} right", "#00702e") if right[n] else (f"{text} WRONG", "#c00000")
+        captions.append(text)
+    return images, captions, [[]] * len(images)
+
+
+def save_maps(path, meta, dataset, drawn, pictures, chances):
+    """maps-RUN.npz: map_0, map_1, ... float32 at the resolution of the files; paths, probabilities and the classes
+    explained."""
+    arrays = {"paths": np.array([dataset.paths[row] for row in drawn]), "probabilities": chances,
+              "explained": np.array([meta["classes"][pictures[row][1]] for row in drawn])}
+    for number, row in enumerate(drawn):
+        height, width = map(int, dataset.sizes[row])
+        arrays[f"map_{number}"], _ = place_map(pictures[row][0], dataset.side, height, width, dataset.fit)
 
     def save(part):
         with open(part, "wb") as out:
             np.savez_compressed(out, **arrays)
-    common.write_atomic(folder / f"maps-{meta['name']}.npz", save)
-    return images, captions, f"{meta['arch']}\n{meta['init']}\n{meta['method']}"
+    common.write_atomic(path, save)
+
+
+# ---------------------------------------------------------------- the run -----------------------------------
+
+def correct(dataset, rows, chances, classes):
+    """Whether the top class of chances (n, C) is the image's, or one of its labels: (n,) bool, None where the dataset's
+    classes are not the model's."""
+    if dataset.labels is None or dataset.classes != classes:
+        return None
+    labels = dataset.labels[rows]
+    truth = labels if labels.ndim > 1 else np.eye(len(classes))[labels]
+    return truth[np.arange(len(truth)), chances.argmax(1)] > 0.5
 
 
 def finish(folder, dataset, count, runs, args, run, seconds):
     """Print the scores and write metrics.json, last."""
-    names, rows = list(runs[0]["map"]), []
+    names = list(runs[0]["map"])
+    lines = []
     for one in runs:
-        for kind in [key for key in one if key.removeprefix("gain_over_") in KINDS]:
-            rows.append([f"{one['name']} {one['method'] if kind == 'map' else kind.replace('_', ' ')}", *(
-                "{:.3f} ({:.3f} to {:.3f})".format(cell["mean"], *cell["interval"]) if cell["interval"]
-                else "undefined" for cell in one[kind].values())])
-    common.print_table(["", *names], rows)
-    common.write_json(folder / "metrics.json", {
-        "stage": "saliency", "dataset": dataset.name, "arch": ", ".join(one["arch"] for one in runs),
-        "init": ", ".join(one["init"] for one in runs), "pretrained_on": [r["pretrained_on"] for r in runs],
-        "seed": args.seed, "metric": names[0], "runs": runs, "val": {},
-        "test": {one["name"]: one["map"][names[0]] for one in runs},
-        "counts": {**dataset.counts, "scored": count}, "epochs": 0, "seconds": seconds,
-        "images_per_second": count * len(runs) / seconds, "device": common.device_name(run.device),
-        "amp": run.amp, "world_size": 1,
-        "summary": "; ".join(f"{one['name']} {names[0]} {common.show(one['map'][names[0]]['mean'])}, " + (
-            "beats" if one["gain_over_gaussian"][names[0]]["beats"] else "does not beat")
-            + " a centred Gaussian" for one in runs)})
-    say(f"{count} images scored\nwritten: {folder}")
+        for kind in (*KINDS, "gain_over_gaussian", "gain_over_random"):
+            cells = ["{:.3f} ({:.3f} to {:.3f})".format(cell["mean"], *cell["interval"]) if cell["interval"]
+                     else "undefined" for cell in one[kind].values()]
+            lines.append([f"{one['name']} {one['method'] if kind == 'map' else kind.replace('_', ' ')}", *cells])
+    common.print_table(["", *names], lines)
+    say(f"{count} images scored")
+    parts = []
+    for one in runs:
+        beats = "beats" if one["gain_over_gaussian"][names[0]]["beats"] else "does not beat"
+        parts.append(f"{one['name']} {names[0]} {common.show(one['map'][names[0]]['mean'])}, {beats} a centred Gaussian")
+    common.write_metrics(
+        folder, dataset, run, args, arch=", ".join(one["arch"] for one in runs),
+        init=", ".join(one["init"] for one in runs), pretrained_on=[one["pretrained_on"] for one in runs],
+        metric=names[0], runs=runs, val={}, test={one["name"]: one["map"][names[0]] for one in runs},
+        counts={**dataset.counts, "scored": count}, epochs=0, seconds=seconds,
+        images_per_second=count * len(runs) / seconds, summary="; ".join(parts))
 
 
-def main():
+def explain_runs(models, dataset, args, run):
     """Explain the same images with every run; draw, save and score the maps."""
-    args, begin = arguments(), time.time()
-    run = common.start(args)
-    if run.world > 1:
-        fail("saliency.py works in one process; start it with python, not torchrun")
-    timm.layers.set_fused_attn(False)  # before any model is built: fused attention never forms the map
-    models = [open_model(name, number, args) for number, name in enumerate(args.runs)]
-    first = models[0][2]
-    if args.files and any((meta["side"], meta["fit"]) != (first["side"], first["fit"]) for _, _, meta in models):
-        say(f"note: all runs see --files as the data of {first['name']} were prepared: side {first['side']}, {first['fit']}")
-    dataset = read_files(args.files, first) if args.files else common.load_dataset(args, ("test",))
-    args.output = args.output or "-".join(["runs/saliency", dataset.name, *(Path(r).name for r in args.runs)])
-    folder = common.open_run(args, run, dataset)
+    begin = time.time()
     tests = dataset.rows["test"]
     if args.images and args.images > len(tests):
         fail(f"--images {args.images}: there are only {len(tests)} test images")
     drawn = common.limit_images(dataset, "test", args.images or 8)
     count = max(args.score_images or (32 if dataset.masks is None else 200), len(drawn))
     rows = common.limit_images(dataset, "test", count)  # has all of drawn
-    common.write_args(folder, args, run, dataset,
-                      ["saliency.png", *(path.name for path in folder.glob("maps-*.npz"))])
-    grid, runs = [draw_originals(dataset, drawn)], []
+    names = "-".join(Path(name).name for name in args.runs)
+    args.output = args.output or f"runs/saliency-{dataset.name}-{names}"
+    old_maps = [path.name for path in Path(args.output).glob("maps-*.npz")]
+    folder = common.open_run(args, run, dataset, ["saliency.png", *old_maps])
+    grid = [draw_originals(dataset, drawn)]
+    runs = []
     for model, read, meta in models:
         common.to_device(model, run)
         scores, pictures, chances, blank = look(model, read, meta, dataset, rows, {*drawn}, args, run)
-        right = None  # is the top class the image's, or one of its labels?
-        if dataset.labels is not None and dataset.classes == meta["classes"]:
-            labels = dataset.labels[rows]
-            truth = labels if labels.ndim > 1 else np.eye(len(meta["classes"]))[labels]
-            right = truth[np.arange(len(truth)), chances.argmax(1)] > 0.5
-        grid.append(draw_run(folder, meta, dataset, rows, drawn, pictures, chances, right))
-        said = ("run", "name", "arch", "init", "pretrained_on", "method", "image_size")
-        runs.append({**{key: meta.get(key) for key in said}, "images": len(rows), "blank_maps": blank,
-                     "right": None if right is None else float(right.mean()),
+        right = correct(dataset, rows, chances, meta["classes"])
+        shown = np.flatnonzero(np.isin(rows, drawn))
+        save_maps(folder / f"maps-{meta['name']}.npz", meta, dataset, drawn, pictures, chances[shown])
+        grid.append(draw_run(meta, dataset, drawn, pictures, chances[shown], None if right is None else right[shown]))
+        facts = {key: meta.get(key) for key in ("run", "name", "arch", "init", "pretrained_on", "method", "image_size")}
+        runs.append({**facts, "images": len(rows), "blank_maps": blank, "right": None if right is None else float(right.mean()),
                      **summarise(scores, dataset.groups_of(rows), args.seed)})
+    images, captions, outlines = zip(*grid)
+    labels = ["image", *(f"{one['arch']}\n{one['init']}\n{one['method']}" for one in runs)]
     title = f"{dataset.name}: where the models look" + (f" for {args.target}" if args.target else "")
-    common.draw_grid(folder / "saliency.png", *zip(*grid), 190, title)
+    common.draw_grid(folder / "saliency.png", images, captions, labels, title, outlines)
     finish(folder, dataset, len(rows), runs, args, run, time.time() - begin)
+
+
+def main():
+    """Explain a dataset's test images, or --files."""
+    args = arguments()
+    run = common.start(args)
+    if run.world > 1:
+        fail("saliency.py works in one process; start it with python, not torchrun")
+    timm.layers.set_fused_attn(False)  # before any model is built: fused attention never forms the map
+    models = [open_model(name, number, args) for number, name in enumerate(args.runs)]
+    if not args.files:
+        return explain_runs(models, common.load_dataset(args, ("test",)), args, run)
+    first = models[0][2]
+    if any((meta["side"], meta["fit"]) != (first["side"], first["fit"]) for _, _, meta in models):
+        say(f"note: all runs see --files as the data of {first['name']} were prepared: side {first['side']}, {first['fit']}")
+    args.output = args.output or "runs/saliency-files"
+    with common.prepared_new(args.files, Path(args.output), first) as dataset:
+        explain_runs(models, replace(dataset, paths=args.files, name="files"), args, run)
 
 
 if __name__ == "__main__":

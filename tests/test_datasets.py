@@ -5,6 +5,7 @@ import json
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -28,10 +29,18 @@ CBIS = ["patient_id", "breast_density", "left or right breast", "image view", "a
 
 
 def index_of(name, root, *flags):
-    """What prepare.py understands of a folder: the Index of a layout."""
+    """What prepare.py understands of a folder of a layout, as columns."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["prepare.py", str(root), "--output", "x", "--layout", name, *flags])
-        return script.LAYOUTS[name](Path(root), script.arguments())
+        args = script.arguments()
+        source = script.read_source(*script.recognise(str(root), args), args)
+        script.settle_labels(source, args)
+    rows = source.rows
+    return SimpleNamespace(
+        items=[row.item for row in rows], labels=[row.label for row in rows], splits=[row.split for row in rows],
+        groups=[row.group for row in rows], masks=[row.masks for row in rows], classes=source.classes,
+        ordinal=source.ordinal, mask_classes=source.mask_classes,
+        annotators={f"annotator_{k}": [row.experts.get(f"annotator_{k}") for row in rows] for k in (1, 2, 3)})
 
 
 def prepared(source, folder, *flags):
@@ -258,7 +267,7 @@ def test_aptos2019(tmp_path):
         assert [int(index.items[i][-16:-4], 16) for i in at] == sorted(expected)
         assert [index.labels[i] for i in at] == [grades[i % 5] for i in sorted(expected)]
     assert index.classes == grades and index.ordinal
-    channels = [common.read_image(path)[0].shape[2] for path in index.items[:3]]
+    channels = [script.read_image(path)[0].shape[2] for path in index.items[:3]]
     assert channels == [3, 1, 3]  # RGBA, grey, RGB
 
 
@@ -282,7 +291,7 @@ def test_listed_but_missing_and_present_but_not_listed(tmp_path, capsys):
 @pytest.mark.parametrize("name, word", [("aptos2019", "train.csv"), ("ddsm", "ddsm_raw_image_lists"),
                                         ("isic2019", "ISIC_2019_Training_GroundTruth.csv"),
                                         ("chexpert", "train.csv"),
-                                        ("camelyon", "train_labels.csv"), ("csaws", "anonymized_dataset"),
+                                        ("camelyon", "camelyonpatch_level_2_split_train_x.h5"), ("csaws", "anonymized_dataset"),
                                         ("isic2018", "ISIC2018_Task1-2_Training_Input")])
 def test_a_wrong_folder_says_what_it_looked_for_and_found(name, word, tmp_path, capsys):
     (tmp_path / "data" / "holiday").mkdir(parents=True)
@@ -315,11 +324,11 @@ def test_unknown_labels_are_all_named(tmp_path, capsys):
     draw(tmp_path / "c" / "ddsm_raw" / "implant_01-A_0001_1.LEFT_CC.LJPEG.1.png")
     with open(tmp_path / "c" / "ddsm_raw_image_lists" / "val.txt", "a") as out:
         out.write("implant_01-A_0001_1.LEFT_CC.LJPEG.1.png\n")
-    fails(capsys, "ddsm", tmp_path / "c", "val.txt", "'implant'")
+    fails(capsys, "ddsm", tmp_path / "c", "ddsm_raw_image_lists", "1 labels", "'implant'", "implant_01-A_0001")
     chexpert(tmp_path / "d")
     file = tmp_path / "d" / "train.csv"
     file.write_text(file.read_text().replace(",-1.0", ",2.0", 1))
-    fails(capsys, "chexpert", tmp_path / "d", "1 labels", "of train/patient")
+    fails(capsys, "chexpert", tmp_path / "d", "1 cells", "of train/patient")
 
 
 def test_ddsm_lists_labels_and_torn_patients(tmp_path, capsys):
@@ -512,17 +521,16 @@ def test_camelyon_without_h5py_or_with_a_file_damaged_or_missing(tmp_path, capsy
     fails(capsys, "camelyon", tmp_path / "data", "this layout has", "test_y.h5.gz")
 
 
-@pytest.mark.parametrize("suffix, parts", [(".tif", ["train"]), (".png", ["train", "valid", "test"])])
-def test_camelyon_as_files(suffix, parts, tmp_path):
-    root = tmp_path / "source"
-    for part in parts:
-        rows = [(f"{part}{i:036x}", i % 2) for i in range(20)]
-        write(root / f"{part}_labels.csv", ["id", "label"], rows)
-        for name, label in rows:
-            draw(root / part / f"{name}{suffix}", label, size=(96, 96))
-    dataset = prepared(root, tmp_path / "data")
-    assert dataset.counts == ({"train": 14, "val": 3, "test": 3} if len(parts) == 1 else
-                              {"train": 20, "val": 20, "test": 20})
+@pytest.mark.parametrize("suffix", [".tif", ".png"])
+def test_camelyon_as_files(suffix, tmp_path):
+    """Kaggle's version: a table of ids beside a folder of patches."""
+    rows = [(f"train{i:036x}", i % 2) for i in range(20)]
+    write(tmp_path / "source" / "train_labels.csv", ["id", "label"], rows)
+    for name, label in rows:
+        draw(tmp_path / "source" / "train" / f"{name}{suffix}", label, size=(96, 96))
+    dataset = prepared(tmp_path / "source" / "train", tmp_path / "data", "--csv",
+                       str(tmp_path / "source" / "train_labels.csv"), "--image-column", "id")
+    assert dataset.counts == {"train": 14, "val": 3, "test": 3}
     assert dataset.labels.tolist() == [int(path[-5], 16) % 2 for path in dataset.paths]
 
 
@@ -545,7 +553,7 @@ def test_isic2018_pairs_and_official_test(tmp_path, capsys):
         drawn = np.asarray(Image.open(root / folder / name.replace(".jpg", "_segmentation.png")))
         assert (dataset.masks[row] == (drawn[:, 2:42] > 0)).all()
     (root / "ISIC2018_Task1_Training_GroundTruth" / "ISIC_0000004_segmentation.png").unlink()
-    fails(capsys, "isic2018", root, "1 of 30", "ISIC_0000004_segmentation.png")
+    fails(capsys, "isic2018", root, "1 of 35", "ISIC_0000004.jpg")
 
 
 def merged(item, size=(40, 44)):
@@ -591,7 +599,7 @@ def test_csaws_masks_patients_and_annotators(tmp_path, capsys):
     test = of_split(index, "test")
     areas = [(merged(index.annotators[f"annotator_{k}"][test[0]]) > 0).sum() for k in (1, 2, 3)]
     assert areas[0] < areas[1] < areas[2] and index.masks[test[0]] == index.annotators["annotator_1"][test[0]]
-    refused(prepare("CsawS", "no", "--layout", "camelyon", cwd=tmp_path, check=False), "train_labels.csv",
+    refused(prepare("CsawS", "no", "--layout", "camelyon", cwd=tmp_path, check=False), "split_train_x.h5",
             "anonymized_dataset")
     for path in (root / "test_data" / "annotator_2" / "501").glob("501_1_*"):
         path.unlink()

@@ -210,8 +210,9 @@ def test_predict_mistakes(tmp_path):
     refused(stage("finetune.py", *known, "--output", "trained", *TINY, cwd=tmp_path, check=False),
             "--output trained", "new folder")
     (tmp_path / "new" / "words.png").write_text("this is no image")
-    refused(stage("finetune.py", *known, "--output", "out", *TINY, cwd=tmp_path, check=False), "1 files", "words.png",
+    refused(stage("finetune.py", *known, "--output", "out", *TINY, cwd=tmp_path, check=False), "1 of 2 images", "words.png",
             "--skip-broken")
+    assert not list(tmp_path.glob(".out*"))
     assert not (tmp_path / "out").exists()
     stage("finetune.py", *known, "--output", "out", "--skip-broken", *TINY, cwd=tmp_path)
     assert [row["image"] for row in table(tmp_path / "out" / "predictions.csv")] == ["a.png"]

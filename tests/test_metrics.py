@@ -1,9 +1,16 @@
 """Metrics against scikit-learn, on random inputs with ties, and where they are not defined."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from sklearn import metrics as sk
 
 import common
+
+
+def all_metrics(task, classes, labels, scores, ordinal=False):
+    """common.all_metrics on a dataset of this task and these classes."""
+    return common.all_metrics(SimpleNamespace(task=task, classes=classes, ordinal=ordinal), labels, scores)
 
 
 def rounded(rng, shape):
@@ -18,7 +25,7 @@ def test_classes_equal_scikit_learn(seed, classes):
     rng = np.random.default_rng(seed)
     labels, scores = rng.integers(classes, size=200), rounded(rng, (200, classes))
     guess = scores.argmax(1)
-    ours = common.all_metrics("classes", list("abcdef")[:classes], labels, scores, ordinal=True)
+    ours = all_metrics("classes", list("abcdef")[:classes], labels, scores, ordinal=True)
     column = scores[:, 1] if classes == 2 else None
     one_hot = np.eye(classes)[labels]
     expected = {
@@ -42,7 +49,7 @@ def test_multilabel_equals_scikit_learn(seed):
     rng = np.random.default_rng(seed)
     labels, scores = (rng.random((150, 4)) < 0.3).astype(np.float32), rng.random((150, 4)).round(1)
     guess = scores > 0.5
-    ours = common.all_metrics("multilabel", list("abcd"), labels, scores)
+    ours = all_metrics("multilabel", list("abcd"), labels, scores)
     assert ours["roc_auc"] == pytest.approx(sk.roc_auc_score(labels, scores, average="macro"), abs=1e-6)
     assert ours["average_precision"] == pytest.approx(sk.average_precision_score(labels, scores), abs=1e-6)
     assert ours["recall"] == pytest.approx(sk.recall_score(labels, guess, average="macro"), abs=1e-6)
@@ -54,14 +61,14 @@ def test_multilabel_equals_scikit_learn(seed):
 def test_what_is_not_defined_is_said():
     labels = np.array([0, 0, 1, 1])
     scores = np.array([[.7, .2, .1], [.3, .6, .1], [.1, .8, .1], [.2, .7, .1]])
-    ours = common.all_metrics("classes", ["a", "b", "c"], labels, scores)
+    ours = all_metrics("classes", ["a", "b", "c"], labels, scores)
     assert ours["undefined"] == ["c"]
     assert ours["recall"] == pytest.approx((0.5 + 1) / 2)  # over a and b alone
-    one = common.all_metrics("classes", ["a", "b"], np.zeros(4, int), scores[:, :2])
+    one = all_metrics("classes", ["a", "b"], np.zeros(4, int), scores[:, :2])
     assert one["roc_auc"] is None and one["undefined"] == ["b"]
     assert common.metric("quadratic_kappa", "classes", np.zeros(3, int), np.eye(2)[[0, 0, 0]]) is None
     labels, scores = np.array([[1, 0], [0, 0]], np.float32), np.array([[.9, .1], [.2, .3]])
-    assert common.all_metrics("multilabel", ["a", "b"], labels, scores)["undefined"] == ["b"]
+    assert all_metrics("multilabel", ["a", "b"], labels, scores)["undefined"] == ["b"]
 
 
 def test_bootstrap_interval_covers_the_truth():

@@ -12,9 +12,7 @@ from conftest import TINY, metrics, refused, stage
 def build(tmp_path, content, arch="test_vit", name="file.pth", **changes):
     """build_model with --init on a file with this content."""
     torch.save(content, tmp_path / name)
-    args = argparse.Namespace(**{"arch": arch, "init": str(tmp_path / name), "init_key": None, "seed": 0,
-                                 "image_size": 32, **changes})
-    return common.build_model(args, 5)[0]
+    return common.build_model(arch, str(tmp_path / name), changes.pop("image_size", 32), 5, **changes)[0]
 
 
 def backbone(arch="test_vit", size=32, seed=7):
@@ -49,9 +47,7 @@ def test_safetensors(tmp_path):
     from safetensors.torch import save_file
     _, weights = backbone("test_resnet")
     save_file(weights, tmp_path / "model.safetensors")
-    args = argparse.Namespace(arch="test_resnet", init=str(tmp_path / "model.safetensors"), init_key=None,
-                              seed=0, image_size=32)
-    assert same(common.build_model(args, 0)[0], weights)
+    assert same(common.build_model("test_resnet", str(tmp_path / "model.safetensors"), 32, 0)[0], weights)
 
 
 def test_torchvision_resnet_loads_and_agrees(tmp_path):

@@ -20,6 +20,7 @@ from PIL import Image
 import common
 import prepare as script
 from conftest import ROOT, TINY, metrics, prepare, refused, stage, table
+from test_metrics import all_metrics
 from test_prepare_files import write_dicom
 
 
@@ -160,8 +161,8 @@ def test_kappa_is_for_ordered_classes(tmp_path):
     grades = ["No_DR", "Mild", "Moderate", "Severe", "Proliferate_DR"]
     truth = np.tile(np.arange(5), 10)
     scores = np.eye(5)[(truth + 1).clip(max=4)]
-    assert common.all_metrics("classes", grades, truth, scores, ordinal=True)["quadratic_kappa"] == pytest.approx(0.8)
-    assert "quadratic_kappa" not in common.all_metrics("classes", grades, truth, scores, ordinal=False)
+    assert all_metrics("classes", grades, truth, scores, ordinal=True)["quadratic_kappa"] == pytest.approx(0.8)
+    assert "quadratic_kappa" not in all_metrics("classes", grades, truth, scores, ordinal=False)
 
 
 def test_one_hot_columns_are_classes(tmp_path):
@@ -308,12 +309,12 @@ def test_dicom_of_rarer_kinds(tmp_path):
     window = {"WindowCenter": 500, "WindowWidth": 1000}
     write_dicom(tmp_path / "signed.dcm", signed.view(np.uint16), PixelRepresentation=1, **window)
     expected = 255 * np.clip((signed - 499.5) / 999 + 0.5, 0, 1)
-    assert np.abs(common.read_image(tmp_path / "signed.dcm")[0][..., 0] - expected).max() <= 0.51
+    assert np.abs(script.read_image(tmp_path / "signed.dcm")[0][..., 0] - expected).max() <= 0.51
     write_dicom(tmp_path / "inverted.dcm", ramp, PhotometricInterpretation="MONOCHROME1", **window)
     expected = 255 - 255 * np.clip((ramp - 499.5) / 999 + 0.5, 0, 1)
-    assert np.abs(common.read_image(tmp_path / "inverted.dcm")[0][..., 0] - expected).max() <= 0.51
+    assert np.abs(script.read_image(tmp_path / "inverted.dcm")[0][..., 0] - expected).max() <= 0.51
     write_dicom(tmp_path / "empty.dcm", ramp, WindowCenter=None, WindowWidth=None)
-    assert np.abs(common.read_image(tmp_path / "empty.dcm")[0][..., 0] - ramp * (255 / 4000)).max() <= 0.51
+    assert np.abs(script.read_image(tmp_path / "empty.dcm")[0][..., 0] - ramp * (255 / 4000)).max() <= 0.51
     colours = np.random.default_rng(0).integers(0, 256, (3, 256)).astype("<u2")
     write_dicom(tmp_path / "plain.dcm", ramp // 16, PhotometricInterpretation="PALETTE COLOR", BitsStored=8, HighBit=7)
     data = pydicom.dcmread(tmp_path / "plain.dcm")
@@ -321,7 +322,7 @@ def test_dicom_of_rarer_kinds(tmp_path):
         data.add_new(0x00281101 + i, "US", [256, 0, 16])
         data.add_new(0x00281201 + i, "OW", (colours[i] * 257).tobytes())
     data.save_as(tmp_path / "palette.dcm")
-    assert (common.read_image(tmp_path / "palette.dcm")[0] == colours.T[ramp // 16]).all()
+    assert (script.read_image(tmp_path / "palette.dcm")[0] == colours.T[ramp // 16]).all()
     for i in range(12):
         write_dicom(tmp_path / "source" / "ab"[i % 2] / f"IM{i}", np.roll(ramp, i))
     shutil.copy(tmp_path / "source" / "a" / "IM0", tmp_path / "source" / "a" / "DICOMDIR")
@@ -335,8 +336,9 @@ def carved(labels, groups=None, seed=42, shares=(0.7, 0.15, 0.15)):
     """The splits that prepare.carve makes of labels: class names, or a matrix."""
     names = [str(i) for i in range(len(labels))]
     classes = sorted(set(labels)) if isinstance(labels, list) else [f"L{k}" for k in range(labels.shape[1])]
-    index = script.Index(names, names, labels, groups=groups, classes=classes)
-    return script.carve(index, argparse.Namespace(split=list(shares), split_seed=seed))
+    rows = [script.Row(name, name, label, group=group) for name, label, group in zip(names, labels, groups or [None] * 1500)]
+    source = script.Source(rows, classes, multilabel=not isinstance(labels, list))
+    return script.carve(source, argparse.Namespace(split=list(shares), split_seed=seed))
 
 
 @pytest.mark.parametrize("seed", range(8))

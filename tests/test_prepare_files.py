@@ -28,8 +28,8 @@ def save(path, pixels, **options):
 
 
 def read(path, side=None):
-    """The pixels alone of common.read_image."""
-    return common.read_image(path, side)[0]
+    """The pixels alone of script.read_image."""
+    return script.read_image(path, side)[0]
 
 
 def names_of(folder):
@@ -69,7 +69,7 @@ def test_16_bit_colours_keep_their_range(tmp_path):
     values = RNG.integers(0, 4001, (20, 30, 3))
     values[0, 0] = 0, 4000, 2000
     write_png16(tmp_path / "deep.png", values)
-    pixels, size, _ = common.read_image(tmp_path / "deep.png")
+    pixels, size, _ = script.read_image(tmp_path / "deep.png")
     assert size == (20, 30) and np.abs(pixels - values * 255 / 4000).max() <= 0.51
     clear = np.concatenate([values, np.full((20, 30, 1), 65535)], 2)
     clear[:, :10, 3] = 0
@@ -83,7 +83,7 @@ def test_16_bit_colours_keep_their_range(tmp_path):
     assert "bits a channel: 8 (3 images), 16 (3 images)" in prepare("source", "data", cwd=tmp_path).stdout
     Image.fromarray(noise((4, 4))).save(tmp_path / "fake.tif")
     with Image.open(tmp_path / "fake.tif") as image, pytest.raises(ValueError, match="PNG alone"):
-        common.read_deep_colour(str(tmp_path / "fake.tif"), image)
+        script.read_deep_colour(str(tmp_path / "fake.tif"), image)
 
 
 @pytest.mark.parametrize("dtype, top", [(np.uint8, 255), (np.uint16, 65535)])
@@ -119,14 +119,14 @@ def test_modes_and_rotation(tmp_path):
     assert (read(tmp_path / "grey.png")[..., 0] == colour[..., 0]).all() and read(tmp_path / "grey3.png").shape == (20, 30, 1)
     assert (read(tmp_path / "alpha.png")[:, :15] == 0).all() and (read(tmp_path / "alpha.png")[:, 15:] == colour[:, 15:]).all()
     assert (read(tmp_path / "turned.png") == np.rot90(colour, -1)).all()
-    assert common.read_image(tmp_path / "turned.png")[1] == (30, 20)
+    assert script.read_image(tmp_path / "turned.png")[1] == (30, 20)
 
 
 def test_a_jpeg_is_never_decoded_below_twice_the_side(tmp_path):
     big = (np.indices((2048, 2048)).sum(0) // 2 % 2 * 255).astype(np.uint8)
     save(tmp_path / "big.jpg", big, quality=95)
     for side, least in ((2048, 2048), (1024, 2048), (600, 1200), (256, 512), (64, 128)):
-        pixels, size, _ = common.read_image(tmp_path / "big.jpg", side)
+        pixels, size, _ = script.read_image(tmp_path / "big.jpg", side)
         assert size == (2048, 2048) and least <= min(pixels.shape[:2]) <= 2048
     assert common.to_square(read(tmp_path / "big.jpg", 2048), 2048, "squash").std() > 100
 
@@ -303,10 +303,10 @@ def test_dicom_by_value(tmp_path):
     expected = 255 * np.clip((hounsfield - 40) / 400 + 0.5, 0, 1)
     assert np.abs(read(tmp_path / "exact.dcm")[..., 0] - expected).max() <= 0.51
     write_dicom(tmp_path / "frames.dcm", np.stack([values, values[::-1]]))
-    pixels, size, note = common.read_image(tmp_path / "frames.dcm")
+    pixels, size, note = script.read_image(tmp_path / "frames.dcm")
     assert note == "2 frames, the first is used" and (pixels == read(tmp_path / "plain.dcm")).all() and size == (20, 20)
     (tmp_path / "plain.dcm").rename(tmp_path / "IM000001")  # as scanners name them
-    assert common.files_under(tmp_path)[0].count("IM000001") == 1 and read(tmp_path / "IM000001").max() == 255
+    assert script.files_under(tmp_path)[0].count("IM000001") == 1 and read(tmp_path / "IM000001").max() == 255
 
 
 def test_a_folder_of_dicom_goes_through(tmp_path):

@@ -119,10 +119,15 @@ def tiny_state(out_dim=16, **changes):
     student, teacher, _ = dino.build(args, run)
     images = np.stack([prepare.draw_lesion(i)[0] for i in range(8)])
     dataset = SimpleNamespace(images=images, rows={"train": np.arange(8)}, mean=[0.5] * 3, std=[0.2] * 3)
-    state = SimpleNamespace(student=student, teacher=teacher, wrapped=student, center=torch.zeros(out_dim),
-                            optimizer=torch.optim.AdamW(dino.parameter_groups(student)),
-                            scaler=torch.amp.GradScaler("cpu", enabled=False))
+    state = SimpleNamespace(student=student, teacher=teacher, optimizer=torch.optim.AdamW(dino.parameter_groups(student)))
     return state, dataset, args, run
+
+
+def train(state, dataset, args, run, epoch, plan):
+    """train_epoch of a tiny_state."""
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return dino.train_epoch(state.student, state.student, state.teacher, state.optimizer, scaler, dataset, args, run,
+                            epoch, plan)
 
 
 def test_teacher_and_center_are_moving_averages():
@@ -131,11 +136,11 @@ def test_teacher_and_center_are_moving_averages():
     outputs = []
     state.teacher.head.register_forward_hook(lambda module, inputs, output: outputs.append(output.detach()))
     plan = [np.array([1e-3]), np.array([0.04]), np.array([0.9]), np.array([0.05])]
-    dino.train_epoch(state, dataset, args, run, 0, plan)
+    train(state, dataset, args, run, 0, plan)
     for old, teacher, student in zip(before, state.teacher.parameters(), state.student.parameters()):
         assert torch.allclose(teacher, 0.9 * old + 0.1 * student, atol=1e-6)
     assert any(not torch.equal(old, p) for old, p in zip(before, state.student.parameters()))
-    assert torch.allclose(state.center, 0.1 * outputs[0].mean(0), atol=1e-6)
+    assert torch.allclose(state.teacher.center, 0.1 * outputs[0].mean(0), atol=1e-6)
 
 
 def test_accumulation_changes_nothing_but_memory():
@@ -146,7 +151,7 @@ def test_accumulation_changes_nothing_but_memory():
         state, dataset, args, run = tiny_state(accumulate=accumulate, clip_grad=0)
         before = torch.cat([p.detach().flatten() for p in state.student.parameters()])
         state.optimizer = torch.optim.SGD(dino.parameter_groups(state.student), 0.1)
-        entry = dino.train_epoch(state, dataset, args, run, 0, plan)
+        entry = train(state, dataset, args, run, 0, plan)
         after = torch.cat([p.detach().flatten() for p in state.student.parameters()])
         results.append((entry["loss"], after - before))
     assert results[1][0] == pytest.approx(results[0][0], rel=1e-5)
@@ -157,7 +162,7 @@ def test_schedules_reach_the_optimizer():
     state, dataset, args, run = tiny_state(epochs=3)
     plan = [np.array([1e-3, 2e-3, 3e-3]), np.array([0.1, 0.2, 0.3]), np.array([0.9] * 3), np.full(3, 0.05)]
     for epoch in range(3):  # a step each
-        dino.train_epoch(state, dataset, args, run, epoch, plan)
+        train(state, dataset, args, run, epoch, plan)
         matrices, vectors = state.optimizer.param_groups
         assert matrices["lr"] == vectors["lr"] == plan[0][epoch]
         assert matrices["weight_decay"] == plan[1][epoch] and vectors["weight_decay"] == 0
@@ -175,9 +180,9 @@ def test_recipes_yield_to_flags(given, images, expected):
     names = {**dino.PAPER, "local_size": None}
     args = SimpleNamespace(**{**dict.fromkeys(names), "init": "random", "recipe": "auto", "image_size": 32,
                               "accumulate": 1, **given})
-    settings = dino.with_recipe(args, images, common.Run(0, 1, torch.device("cpu"), "off"))
-    assert {name: getattr(settings, name) for name in expected} == expected
-    assert settings.local_size == 16 and settings.teacher_temp > 0
+    dino.apply_recipe(args, images, common.Run(0, 1, torch.device("cpu"), "off"))
+    assert {name: getattr(args, name) for name in expected} == expected
+    assert args.local_size == 16 and args.teacher_temp > 0
 
 
 def koleo_of_share(rank, features, weight, folder):
@@ -207,7 +212,7 @@ def test_koleo_of_two_processes_is_that_of_one(tmp_path):
 def test_last_layer_is_frozen_at_first():
     state, dataset, args, run = tiny_state(freeze_last_layer=1)
     before = state.student.head.last.detach().clone()
-    dino.train_epoch(state, dataset, args, run, 0, [np.array([1e-3])] * 3 + [np.array([0.05])])
+    train(state, dataset, args, run, 0, [np.array([1e-3])] * 3 + [np.array([0.05])])
     assert torch.equal(state.student.head.last, before)
 
 
@@ -216,7 +221,8 @@ def test_run_and_what_follows_from_it(folder_data, tmp_path, arch):
     args = [*DATA, *FAST, "--arch", arch, "--export", "dino.safetensors", "--probe-every", "1", *TINY]
     done = stage("pretrain_dino.py", *args, "--output", "run", cwd=tmp_path)
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert len(log) == 3 and all(np.isfinite(entry["loss"]) and 0 <= entry["knn"] <= 1 for entry in log)
+    assert [entry["epoch"] for entry in log] == [0, 1, 2, 3] and all(0 <= entry["knn"] <= 1 for entry in log)
+    assert all(np.isfinite(entry["loss"]) for entry in log[1:]) and "loss" not in log[0]  # log[0]: before training
     words = ("entropy", "of ln 64", "KL to uniform", "feature std", "k-NN")
     assert all(word in done.stdout for word in words)
     for name in ("crops.png", "curves.png"):
@@ -259,7 +265,7 @@ def test_two_processes_equal_one(folder_data, tmp_path, arch, accumulate):
     stage("pretrain_dino.py", *args, "--output", "two", cwd=tmp_path, processes=2)
     logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
             for name in ("one", "two")]
-    for one, two in zip(*logs):
+    for one, two in zip(*(log[1:] for log in logs)):
         assert one["loss"] == pytest.approx(two["loss"], rel=2e-3)
         assert one["entropy"] == pytest.approx(two["entropy"], rel=5e-3)
     one, two = (torch.cat([entry["exp_avg"].flatten() for entry in torch.load(
@@ -272,14 +278,14 @@ def test_resumed_after_sigkill_bit_for_bit(folder_data, tmp_path):
     args = [*DATA, *FAST, "--epochs", "6", "--arch", "test_vit", "--drop-path", "0.1", *TINY]
     stage("pretrain_dino.py", *args, "--output", "whole", cwd=tmp_path)
     killed("pretrain_dino.py", *args, "--output", "killed", cwd=tmp_path,
-           log=tmp_path / "killed" / "log.jsonl", lines=2, text="epoch 3/6")
+           log=tmp_path / "killed" / "log.jsonl", lines=3, text="epoch 3/6")
     assert not (tmp_path / "killed" / "metrics.json").exists()
     assert "resuming" in stage("pretrain_dino.py", *args, "--output", "killed", cwd=tmp_path).stdout
     whole, resumed = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
                       for name in ("whole", "killed"))
     for part in ("student", "teacher"):
         assert all(torch.equal(value, resumed[part][name]) for name, value in whole[part].items())
-    assert torch.equal(whole["center"], resumed["center"])
+    assert whole["teacher"]["center"].any() and whole["log"][0] == resumed["log"][0]
 
 
 def test_mistakes(folder_data, tmp_path):
@@ -317,7 +323,7 @@ def test_weights_that_are_not_finite_are_not_saved(folder_data, tmp_path):
     done = stage("pretrain_dino.py", *args, cwd=tmp_path, check=False)
     assert done.returncode == 2 and "not finite after epoch 2" in done.stderr, done.stderr
     kept = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    assert len(kept["log"]) == 1
+    assert [entry["epoch"] for entry in kept["log"]] == [0, 1]
     assert all(torch.isfinite(value).all() for value in kept["student"].values())
 
 
@@ -326,8 +332,9 @@ def test_weights_that_are_not_finite_are_not_saved(folder_data, tmp_path):
     ([0.1, 0.1], [0.11, 0.1], "same output"), ([6.9, 6.8], [6.91, 6.85], None),
     ([5.4, 5.3], [6.9, 6.9], None), ([6.8], [6.8], None)])
 def test_verdict_by_value(entropies, marginals, word):
-    log = [{"entropy": e, "marginal_entropy": m, "feature_std": 0.3} for e, m in zip(entropies, marginals)]
-    said = dino.verdict(log, {"feature_std": 0.2}, SimpleNamespace(out_dim=1024, batch_size=32))
+    log = [{"feature_std": 0.2}]  # before training
+    log += [{"entropy": e, "marginal_entropy": m, "feature_std": 0.3} for e, m in zip(entropies, marginals)]
+    said = dino.verdict(log, SimpleNamespace(out_dim=1024, batch_size=32))
     assert said is None if word is None else word in said
 
 

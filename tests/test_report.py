@@ -1,8 +1,9 @@
 """report.py on hand-made runs, its statistics against numpy; run_all.sh from the first step to the page."""
+import html
 import json
 import os
+import re
 import signal
-import socket
 import subprocess
 import sys
 
@@ -35,6 +36,12 @@ def fake_run(place, stage_name, arch, init, seed, accuracy, split="abc", images=
             for i in range(images)]
     (folder / "predictions.csv").write_text("image,group,label,predicted,a,b\n" + "\n".join(rows) + "\n")
     return folder
+
+
+def page(folder):
+    """The text of a report.html, with " | " for each tag."""
+    text = (folder / "report.html").read_text()
+    return " ".join(re.sub(r"(<[^>]*>)+", " | ", html.unescape(text.replace("&lt;", "<"))).split())
 
 
 def tabulated(place):
@@ -97,7 +104,7 @@ def test_runs_that_do_not_belong_together_are_kept_apart(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "comparison.png")
     (tmp_path / "comparison.json").write_text('{"runs": [')
     done = stage("report.py", tmp_path, "--output", "report", cwd=tmp_path)
-    text = (tmp_path / "report" / "report.md").read_text()
+    text = page(tmp_path / "report")
     assert "0.800 [0.000, 1.000] (n = 1)" in text and "0.200 [0.000, 1.000] (n = 1)" in text
     assert "n = 2" not in text
     assert "do not belong together" in text
@@ -113,7 +120,7 @@ def test_answers_go_as_far_as_the_numbers(tmp_path):
         fake_run(tmp_path, "finetune", "deit_small", "imagenet", seed, 0.8 + 0.02 * (seed - 1))
         fake_run(tmp_path, "finetune", "resnet50", "imagenet", seed, 0.8)
     table = tabulated(tmp_path)
-    said = dict(report.answers(table, report.comparisons(table)))
+    said = {question: lines[0] for question, lines in report.answers(table, report.comparisons(table)).items()}
     assert "the ViT is worse" in said["Does the ViT lose from scratch?"]
     assert "no difference shown" in said["Is the ViT on par from ImageNet weights?"]
     assert "3 seeds, 50 test images" in said["Is the ViT on par from ImageNet weights?"]
@@ -145,7 +152,7 @@ def test_one_seed_without_predictions_tells_nothing(tmp_path):
         (fake_run(tmp_path, "finetune", arch, "random", 0, score) / "predictions.csv").unlink()
     table = tabulated(tmp_path)
     assert report.comparisons(table)[0][3][1:] == (None, 1, 0)
-    said = dict(report.answers(table, report.comparisons(table)))
+    said = {question: lines[0] for question, lines in report.answers(table, report.comparisons(table)).items()}
     assert "cannot be told (difference +0.200, 1 seed, no interval" in said["Does the ViT lose from scratch?"]
 
 
@@ -162,7 +169,7 @@ def test_only_runs_made_alike_are_averaged(tmp_path):
     assert {key: len(by_seed) for key, by_seed in found.items()} == {
         ("finetune", "deit_small", "random"): 3, ("probe", "deit_small", "random"): 1}
     stage("report.py", tmp_path, cwd=tmp_path)
-    text = (tmp_path / "report" / "report.md").read_text()
+    text = page(tmp_path / "report")
     assert "(n = 3)" in text and "epochs 50, not 1" in text and "linear probe" in text
 
 
@@ -191,17 +198,14 @@ def test_segmentation_is_paired_by_image(tmp_path):
     assert rows[0][:2] == ["resnet18", "random"] and rows[0][4:] == ["missing", "0.250 ± 0.000", 2]
 
 
-def test_multilabel_names_may_hold_blanks(tmp_path):
-    classes = ["No Finding", "Lung", "Lung Lesion"]
-    assert report.split_names("No Finding Lung Lesion", classes) == ["No Finding", "Lung Lesion"]
-    assert report.split_names("Lung Other", classes) is None and report.split_names("", classes) == []
+def test_several_labels_are_read_from_their_columns(tmp_path):
     rng = np.random.default_rng(0)
     truth, scores = rng.random((40, 2)) > 0.5, rng.random((40, 2)).round(6)
     areas = [common.roc_auc(truth[:, i], scores[:, i]) for i in range(2)]
     folder = fake_run(tmp_path, "finetune", "resnet18", "random", 0, 0.5, metric="roc_auc",
                       test={"roc_auc": float(np.mean(areas)), "roc_auc_by_label": {}})
-    head, names = "image,group,label,predicted,No Finding,Edema\n", np.array(["No Finding", "Edema"])
-    rows = [",".join([f"{i:02d}.png", "", " ".join(names[flags]), "", *map(str, values)])
+    head = "image,group,label_No Finding,label_Edema,No Finding,Edema\n"
+    rows = [",".join([f"{i:02d}.png", "", *map(str, flags.astype(int)), *map(str, values)])
             for i, (flags, values) in enumerate(zip(truth, scores))]
     (folder / "predictions.csv").write_text(head + "\n".join(rows) + "\n")
     run, = report.read_runs([tmp_path])[0]
@@ -221,20 +225,13 @@ def test_every_trouble_is_listed(tmp_path):
     fake_run(tmp_path, "knn_eval", "resnet18", "random", 0, 0.5, test={"accuracy": "high"})
     fake_run(tmp_path, "saliency", "resnet18", "random", 0, 0.5, runs=[{"name": "a"}])
     (tmp_path / "logs").mkdir()
-    (tmp_path / "logs" / "steps.tsv").write_text(
-        "dino-a\tpretrain_dino.py a\t2\t-\terror: no such image\n"
-        "knn-a\tknn_eval.py a\tleft out\t-\tdino is missing\n"
-        "dino-b\tpretrain_dino.py b\t1\t-\tonce\ndino-b\tpretrain_dino.py b\t0\t9\tthen well\nknn-b\tknn")
-    (tmp_path / "logs" / "started.log").write_text("epoch 1")
+    (tmp_path / "logs" / "dino-a.failed").write_text("error: no such image\n")
     stage("report.py", tmp_path, cwd=tmp_path)
-    text = (tmp_path / "report" / "report.md").read_text()
-    for words in ("| dino-a | failed: exit code 2, error: no such image |",
-                  "| knn-a | left out: dino is missing |", "| started | incomplete: started, see",
-                  "no usable test", "test accuracy is no number",
-                  "best at its last epoch", "(n = 2)", "3 complete, 5 failed",
-                  "lacks what a table needs (KeyError('map'))"):
+    text = page(tmp_path / "report")
+    for words in ("| dino-a | failed: error: no such image |", "no usable test", "test accuracy is no number",
+                  "best at its last epoch", "(n = 2)", "3 complete, 3 failed",
+                  "lacks what a table needs (KeyError('images'))"):
         assert words in text, words
-    assert "dino-b" not in text and "knn-b" not in text
     (tmp_path / "file").write_text("")
     refused(stage("report.py", "file", cwd=tmp_path, check=False), "no such folder")
     refused(stage("report.py", ".", "--output", "file/out", cwd=tmp_path, check=False), "cannot be written")
@@ -255,20 +252,10 @@ def run_all(place, **changes):
                           capture_output=True, text=True)
 
 
-HOLDER = """
-import fcntl, os, socket, sys
-lock = open(sys.argv[1], "w")
-fcntl.flock(lock, fcntl.LOCK_EX)
-print(socket.gethostname(), os.getpid(), 0, "its start", file=lock, flush=True)
-print("held", flush=True)
-sys.stdin.read()
-"""
-
-
 def test_run_all_goes_on_where_it_stopped(tmp_path, demo):
     (tmp_path / "demo").symlink_to(demo)
     plan = run_all(tmp_path, DRY_RUN="1")
-    assert plan.returncode == 0 and "6 steps, remaining unknown" in plan.stdout and "done" not in plan.stdout
+    assert plan.returncode == 0 and plan.stdout.count("to do   ") == 6 and "done" not in plan.stdout
     assert not (tmp_path / "runs").exists()
     first = run_all(tmp_path)
     assert first.returncode == 0, first.stdout + first.stderr
@@ -276,27 +263,18 @@ def test_run_all_goes_on_where_it_stopped(tmp_path, demo):
     assert len(before) == 6 and (tmp_path / "runs" / "report" / "report.html").exists()
     assert metrics(tmp_path / "runs" / "finetune-test_vit-random-s0")["counts"]["train"] == 64
     second = run_all(tmp_path)
-    assert second.returncode == 0 and second.stdout.count(": complete") == 6
+    assert second.returncode == 0 and second.stdout.count("done    ") == 6 and "starts" not in second.stdout
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/metrics.json")} == before
-    with open(tmp_path / "runs" / "logs" / "steps.tsv", "a") as ledger:
-        ledger.write("finetune-torn")  # as of a power cut
-    assert "remaining about 0:00:00" in run_all(tmp_path, DRY_RUN="1").stdout
-
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "runs" / ".lock")],
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    holder.stdout.readline()
-    third = run_all(tmp_path)
-    holder.communicate()
-    refused(third, f"is in use by process {holder.pid} on {socket.gethostname()}", "its start")
 
     (tmp_path / "runs" / "finetune-test_vit-random-s0" / "metrics.json").unlink()
     (tmp_path / "runs" / "finetune-test_vit-random-s0" / "checkpoint.pt").write_bytes(b"damaged")
-    fourth = run_all(tmp_path, EPOCHS="1")
-    assert fourth.returncode == 1 and "finetune-test_vit-random-s0: exit code 2" in fourth.stdout
-    assert "checkpoint.pt cannot be read" in fourth.stdout and fourth.stdout.count(": complete") == 4
+    third = run_all(tmp_path)
+    assert third.returncode == 1 and "FAILED  finetune-test_vit-random-s0: error:" in third.stdout
+    assert "checkpoint.pt cannot be read" in third.stdout and "1 steps failed: finetune-test_vit-random-s0" in third.stdout
     assert len(metrics(tmp_path / "runs" / "saliency")["runs"]) == 1  # it does without the failed run
-    text = (tmp_path / "runs" / "report" / "report.md").read_text()
-    assert "| finetune-test_vit-random-s0 | failed: exit code 2, error:" in text and "EPOCHS=1" in text
+    assert "| finetune-test_vit-random-s0 | failed: error:" in page(tmp_path / "runs" / "report")
+    plan = run_all(tmp_path, DRY_RUN="1", EPOCHS="2")
+    assert plan.stdout.count("to do   finetune") == 2 and plan.stdout.count("done    knn") == 2
 
 
 def results(place):
@@ -329,50 +307,58 @@ def interrupted(place, ready, end, **changes):
 def test_killed_studies_end_with_the_same_results(folder_data, tmp_path):
     """Ctrl-C, the script alone killed while its step lives on, all of it killed; in a folder with a blank."""
     data = folder_data.rename(tmp_path / "my data")
-    changes = {"DATA": str(data), "ARCHS": "test_resnet", "EPOCHS": "12", "DATA_FLAGS": "",
+    changes = {"DATA": str(data), "ARCHS": "test_resnet", "EPOCHS": "8", "DATA_FLAGS": "",
                "FINETUNE_FLAGS": "--batch-size 4"}
     (tmp_path / "whole").mkdir()
     whole = run_all(tmp_path / "whole", **changes)
     assert whole.returncode == 0, whole.stdout + whole.stderr
     place, lines = tmp_path / "killed", 1
     place.mkdir()
-    tuned, lock = place / "runs" / "finetune-test_resnet-random-s0", place / "runs" / ".lock"
+    tuned, children = place / "runs" / "finetune-test_resnet-random-s0", []
 
     def epochs_are_done():
         return (tuned / "log.jsonl").exists() and (tuned / "log.jsonl").read_text().count("\n") >= lines
-    said = interrupted(place, epochs_are_done, lambda p: os.killpg(p.pid, signal.SIGINT), **changes)
-    assert "interrupted; the same command goes on from here" in said and not (tuned / "metrics.json").exists()
+    output = interrupted(place, epochs_are_done, lambda p: os.killpg(p.pid, signal.SIGINT), **changes)
+    assert "interrupted; the same command goes on from here" in output and not (tuned / "metrics.json").exists()
 
     def kill_the_script_alone(process):
-        os.kill(int(lock.read_text().split()[2]), signal.SIGSTOP)
+        children.append(int(subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout))
+        os.kill(children[0], signal.SIGSTOP)
         process.kill()
     lines = 1 + (tuned / "log.jsonl").read_text().count("\n")
     interrupted(place, epochs_are_done, kill_the_script_alone, **changes)
-    child = int(lock.read_text().split()[2])
-    refused(run_all(place, **changes), "run_all.sh is gone, but its step finetune-test_resnet-random-s0 "
-            "still runs", f"kill {child}")
-    os.kill(child, signal.SIGKILL)
+    beside = run_all(place, **changes)
+    assert beside.returncode == 1 and "is being written by another process" in beside.stdout, beside.stdout
+    os.kill(children[0], signal.SIGKILL)
 
     interrupted(place, (place / "runs" / "logs" / "saliency.log").exists,
                 lambda p: os.killpg(p.pid, signal.SIGKILL), **changes)
     made = (tuned / "metrics.json").stat().st_mtime_ns
     last = run_all(place, **changes)
-    assert last.returncode == 0 and last.stdout.count(": complete") == 2, last.stdout + last.stderr
+    assert last.returncode == 0 and last.stdout.count("starts") == 1, last.stdout + last.stderr
     assert (tuned / "metrics.json").stat().st_mtime_ns == made
     assert results(place) == results(tmp_path / "whole") and len(results(place)) == 3
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"SEEDS": ""}, ["SEEDS is empty"]), ({"SEEDS": "0,1"}, ["SEEDS=0,1", "whole numbers"]),
-    ({"INITS": "moco"}, ["moco is none of random"]),
-    ({"DATA": "gone"}, ["gone is no prepared folder", "python prepare.py SOURCE --output"]),
-    ({"DATA": "new", "SOURCE": "gone"}, ["gone: there is no such folder"]),
-    ({"ARCHS": "resnet999"}, ["resnet999"]),
+    ({"SEEDS": ""}, ["SEEDS is empty"]), ({"DATA": "gone"}, ["gone is no prepared folder", "python prepare.py SOURCE --output"]),
+    ({"DATA": "new", "SOURCE": "gone"}, ["new is no prepared folder"]), ({"PYTHON": "python999"}, ["PYTHON=python999"]),
     ({"RUNS": "file/runs"}, ["file/runs cannot be written"])])
 def test_mistakes_are_named_before_anything_runs(tmp_path, demo, changes, words):
     (tmp_path / "file").write_text("")
-    refused(run_all(tmp_path, **{"DATA": str(demo), **changes}), *words)
-    assert [path.name for path in tmp_path.iterdir() if path.name[0] != "."] == ["file"]
+    done = run_all(tmp_path, **{"DATA": str(demo), **changes})
+    done.stderr = "\n".join(line for line in done.stderr.splitlines() if "command not found" not in line)
+    refused(done, *words)
+    assert "SOURCE" not in changes or "FAILED  prepare: error: SOURCE" in done.stdout
+    assert not list(tmp_path.rglob("metrics.json"))
+
+
+@pytest.mark.parametrize("changes, words", [({"INITS": "moco"}, "--init moco: no such file"),
+                                            ({"ARCHS": "resnet999"}, "--arch resnet999"),
+                                            ({"SEEDS": "0,1"}, "--seed: invalid int value: '0,1'")])
+def test_a_step_that_cannot_be_done_fails_with_its_line(tmp_path, demo, changes, words):
+    done = run_all(tmp_path, **{"DATA": str(demo), "ARCHS": "test_vit", **changes})
+    assert done.returncode == 1 and words in done.stdout and "steps failed: finetune-" in done.stdout
 
 
 def test_runs_on_corrected_labels_are_never_averaged(csv_source, tmp_path):
@@ -386,7 +372,7 @@ def test_runs_on_corrected_labels_are_never_averaged(csv_source, tmp_path):
     stage("knn_eval.py", "--data", "new/old", *args, "--seed", "1", "--output", "runs/b", cwd=tmp_path)
     assert metrics(tmp_path / "runs" / "a")["dataset"] == metrics(tmp_path / "runs" / "b")["dataset"]
     stage("report.py", "runs", cwd=tmp_path)
-    text = (tmp_path / "runs" / "report" / "report.md").read_text()
+    text = page(tmp_path / "runs" / "report")
     assert "Runs that do not belong together" in text and "n = 2" not in text
 
 
@@ -395,8 +381,8 @@ def test_run_all_prepares_its_source_first(csv_source, tmp_path):
                "ARCHS": "test_vit", "DATA_FLAGS": "", "INITS": "dino", "DINO_INIT": "random", "DINO_EPOCHS": "1",
                "CLASSIFY": "0", "DINO_FLAGS": "--batch-size 8 --out-dim 64 --local-crops 1"}
     plan = run_all(tmp_path, **changes, DRY_RUN="1")
-    assert plan.returncode == 0 and "would first prepare" in plan.stdout and not (tmp_path / "mine").exists()
+    assert plan.returncode == 0 and "to do   prepare: " in plan.stdout and not (tmp_path / "mine").exists()
     done = run_all(tmp_path, **changes)
     assert done.returncode == 0, done.stdout + done.stderr
     assert metrics(tmp_path / "runs" / "dino-test_vit")["dataset"] == "mine"
-    assert "understood" in done.stdout and "understood" not in run_all(tmp_path, **changes).stdout
+    assert "done    prepare in" in done.stdout and "done    prepare" not in run_all(tmp_path, **changes).stdout
