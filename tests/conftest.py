@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -19,16 +20,22 @@ TINY = ["--image-size", "32", "--device", "cpu", "--amp", "off"]
 
 
 # Importing torch takes longer than most of these runs. So one process imports the packages (not the project),
-# and each command is a fork of it that runs the script as __main__ with its own arguments, folder and output.
+# and each command is a fork of it that runs the script as __main__ with its own arguments, folder and output; or, of
+# several processes, as many forks, with what torchrun puts into the environment.
 FORKS = """
 import json, os, runpy, sys, traceback
 import matplotlib.backends.backend_agg, matplotlib.figure, numpy, PIL.Image, timm, torch, torchvision, tqdm
 for line in sys.stdin:
     job = json.loads(line)
-    child = os.fork()
-    if child == 0:
+    children = []
+    for environment in job["environments"]:
+        child = os.fork()
+        if child:
+            children.append(child)
+            continue
+        os.environ.update(environment)
         for target, name in ((0, os.devnull), (1, job["out"]), (2, job["err"])):
-            mode = os.O_RDONLY if target == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+            mode = os.O_RDONLY if target == 0 else os.O_WRONLY | os.O_CREAT | os.O_APPEND
             os.dup2(os.open(name, mode), target)
         os.chdir(job["cwd"])
         sys.argv, sys.path[0], code = job["argv"], os.path.dirname(job["argv"][0]), 0
@@ -42,13 +49,25 @@ for line in sys.stdin:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    print(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children), flush=True)
 """
 server = None
 
 
-def forked(command, cwd):
-    """Run [script, arguments...] as a fork of the process that has the packages imported."""
+def environments(processes):
+    """What torchrun puts into the environment of each of several processes, {} of one."""
+    if processes == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost",
+              "MASTER_PORT": port}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+
+
+def forked(command, cwd, processes):
+    """Run [script, arguments...] as forks of the process that has the packages imported."""
     global server
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     if server is None:
@@ -56,7 +75,8 @@ def forked(command, cwd):
                                   stdout=subprocess.PIPE, text=True, env=environment)
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
-        job = {"argv": command, "cwd": str(cwd), "out": str(out), "err": str(err)}
+        job = {"argv": command, "cwd": str(cwd), "out": str(out), "err": str(err),
+               "environments": environments(processes)}
         server.stdin.write(json.dumps(job) + "\n")
         server.stdin.flush()
         code = int(server.stdout.readline())
@@ -64,11 +84,11 @@ def forked(command, cwd):
 
 
 def stage(script, *args, cwd, processes=1, env=None, fresh=False, root=ROOT, check=True, limit=None):
-    """Run a script as a command in cwd (with torchrun where processes > 1; with `fresh` in a new
-    interpreter); returns the finished process with its text output."""
+    """Run a script as a command in cwd (with `fresh` in a new interpreter, of several processes by torchrun, which
+    also ends the others where one fails); returns the finished process with its text output."""
     command = [str(root / script), *map(str, args)]
-    if processes == 1 and not env and not limit and not fresh:
-        done = forked(command, cwd)
+    if not env and not limit and not fresh and (check or processes == 1):
+        done = forked(command, cwd, processes)
     else:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         done = subprocess.run([sys.executable, *(launcher if processes > 1 else []), *command], cwd=cwd,

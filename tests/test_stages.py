@@ -171,7 +171,7 @@ def test_arrays_of_ones_own_suffice(tmp_path):
 
 
 def test_the_demo_prepares_itself_for_two_processes(tmp_path):
-    done = stage("finetune.py", *FAST, "--epochs", "1", "--batch-size", "64", *TINY, cwd=tmp_path, processes=2)
+    done = stage("finetune.py", *FAST, "--epochs", "1", "--batch-size", "64", *TINY, cwd=tmp_path, processes=2, fresh=True)
     assert done.stdout.count("written: data/demo") == 1
     result = metrics(tmp_path / "run")
     assert result["counts"] == {"train": 600, "val": 100, "test": 200} and result["dataset"] == "demo"
