@@ -43,7 +43,7 @@ SPLITS = ("train", "val", "test")
 
 def fail(message):
     """A user's mistake: one line on stderr, exit code 2. Of several processes that see it, one says it."""
-    # torchrun ends all when one has ended: those that see the same wait for that, one that sees it alone speaks
+    # rank 0 speaks at once, and torchrun then ends the others before they repeat it; one that sees it alone speaks late
     time.sleep(3 * int(os.environ.get("LOCAL_RANK", 0)))
     print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
     raise SystemExit(2)
@@ -64,7 +64,7 @@ def some(names, most=5):
 
 
 def refuse(wrong, message):
-    """Fail where a list of names holds anything: the message, and the first of them."""
+    """Fail with the message, and the first 20 of the names `wrong`, if there are any."""
     if wrong:
         fail(f"{message}: {some(wrong, 20)}")
 
@@ -92,6 +92,7 @@ class Dataset:
     groups: list
     mask_classes: list
     metric: str
+    metric_reason: str
     ordinal: bool
     mean: list
     std: list
@@ -116,9 +117,10 @@ class Dataset:
 
 
 def run_prepare(folder, *command):
-    """Prepare a folder by prepare.py, which stands beside the stages: by one process of a machine, the others wait."""
-    barrier()  # every process has looked before one of them makes it
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    """Prepare a folder, if it is not there, by prepare.py, which stands beside the stages: by one process of a machine,
+    the others wait."""
+    barrier()
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not (Path(folder) / "images.npy").exists():
         import prepare
         prepare.main([*map(str, command), "--output", str(folder)])
     barrier()
@@ -130,7 +132,8 @@ def prepared_new(source, output, meta, skip_broken=False):
     folder, of the column "image" of a CSV, or of a list. All are its test split. They lie beside `output` and go again."""
     if not Path(__file__).with_name("prepare.py").exists():
         fail("image files are read by prepare.py, which is not beside this script: copy it here too")
-    folder = Path(output).with_name(f".{Path(output).name}.images")
+    output = Path(output).resolve()
+    folder = output.with_name(f".{output.name}.images")
     if not isinstance(source, list) and not Path(source).exists():
         fail(f"--predict {source}: neither a folder nor a CSV file")
     if isinstance(source, list):
@@ -140,7 +143,7 @@ def prepared_new(source, output, meta, skip_broken=False):
         source.parent.mkdir(parents=True, exist_ok=True)
         write_table(source, ["image"], rows)
     layout = ["--label-column", "none"] if Path(source).is_file() else ["--layout", "flat"]
-    flags = ["--side", meta["side"], "--enlarge", "--fit", meta["fit"], "--split", 0, 0, 1, "--overwrite", *layout]
+    flags = ["--side", meta["side"], "--enlarge", "--fit", meta["fit"], "--split", 0, 0, 1, *layout]
     try:
         run_prepare(folder / "data", source, *flags, *["--skip-broken"] * skip_broken)
         dataset = open_dataset(folder / "data")
@@ -243,27 +246,52 @@ def open_dataset(folder):
     rows = {name: np.flatnonzero(split == name) for name in SPLITS}
     sizes = np.full((count, 2), images.shape[1], np.int64)
     if "height" in columns and "width" in columns:
-        sizes = np.array([columns["height"], columns["width"]]).astype(np.int64).T
+        try:
+            sizes = np.array([columns["height"], columns["width"]]).astype(np.int64).T
+        except ValueError as error:
+            fail(f"{file}: height and width must be whole numbers ({error})")
+    groups = None
+    if "group" in columns:  # a blank one is a group of its own
+        groups = [group or path for group, path in zip(columns["group"], columns["image"])]
     mask_classes = meta.get("mask_classes") or (["background", "lesion"] if masks is not None else [])
     geometry = [images.shape, meta.get("fit"), classes, mask_classes, meta.get("ignore"), meta.get("masks")]
     digest.update(json.dumps(geometry).encode())
+    metric, reason = meta.get("metric"), "the dataset's"
+    ordinal = meta.get("ordinal", ordinal)
+    if not metric:
+        train = labels[rows["train"]] if labels is not None and len(rows["train"]) else labels
+        metric, reason = fitting_metric(task, classes, train, ordinal)
     mean, std = meta.get("mean"), meta.get("std")
     if not mean:
         mean, std = measure(images, rows["train"] if len(rows["train"]) else np.arange(count))
     return Dataset(
         folder=folder, name=meta.get("name") or folder.resolve().name, images=images, masks=masks,
         paths=list(columns["image"]), sizes=sizes, rows=rows, task=task, classes=classes, labels=labels,
-        groups=list(columns["group"]) if "group" in columns else None, mask_classes=mask_classes,
-        metric=meta.get("metric") or {"classes": "accuracy", "multilabel": "roc_auc"}.get(task, "iou"),
-        ordinal=meta.get("ordinal", ordinal), mean=mean, std=std, fit=meta.get("fit", "squash"),
+        groups=groups, mask_classes=mask_classes,
+        metric=metric, metric_reason=reason, ordinal=ordinal, mean=mean, std=std, fit=meta.get("fit", "squash"),
         ignore=meta.get("ignore"), leakage=meta.get("leakage", {}), fingerprint=digest.hexdigest())
+
+
+def fitting_metric(task, classes, labels, ordinal):
+    """(the headline metric that fits a dataset, why), by the labels of its training images."""
+    if task is None:
+        return "iou", "of masks"
+    if task == "multilabel":
+        return "roc_auc", "of several labels"
+    if len(classes) == 2:
+        return "roc_auc", "of two classes"
+    if ordinal:
+        return "quadratic_kappa", "of ordered classes"
+    counts = np.bincount(labels, minlength=len(classes))
+    if counts.max(initial=0) > 1.5 * counts.mean():
+        return "recall", "as the largest class has more than 1.5 times its even share"
+    return "accuracy", "of classes of like size"
 
 
 def load_dataset(args, splits=SPLITS, labels=False, masks=False):
     """open_dataset of --data, with --metric and --limit applied, and checked for what a stage needs of it: images in
     `splits`, labels, masks."""
-    new = Path(args.data) == Path(DEMO) and not Path(DEMO, "images.npy").exists()
-    if new and Path(__file__).with_name("prepare.py").exists():
+    if Path(args.data) == Path(DEMO) and Path(__file__).with_name("prepare.py").exists():
         run_prepare(args.data, "demo", "--layout", "demo")
     dataset = open_dataset(args.data)
     if labels and dataset.task is None:
@@ -292,6 +320,8 @@ def load_dataset(args, splits=SPLITS, labels=False, masks=False):
     counts = ", ".join(f"{count} {name}" for name, count in dataset.counts.items())
     named = f", {len(dataset.classes)} classes ({some(dataset.classes, 14)})" if dataset.classes and not masks else ""
     say(f"{dataset.name}: {counts} images{named}")
+    if labels and not args.metric:
+        say(f"headline metric: {dataset.metric}, {dataset.metric_reason} (--metric names another)")
     return dataset
 
 
@@ -637,8 +667,11 @@ def published_weights(arch, init):
 def load_backbone(model, weights, source):
     """Copy weights into a model, strictly but for the classifier: a backbone tensor that is missing, left over or of
     another shape is an error that lists them. Position embeddings are resampled."""
-    weights = {name: tensor for name, tensor in weights.items() if not name.startswith(HEADS)}
-    own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(HEADS)}
+    classifier = model.pretrained_cfg.get("classifier") or ()
+    classifier = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
+    own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(classifier)}
+    weights = {name: tensor for name, tensor in weights.items()
+               if name in own or not name.startswith((*HEADS, *classifier))}
     if "pos_embed" in own and "pos_embed" in weights and own["pos_embed"].shape != weights["pos_embed"].shape:
         weights["pos_embed"] = timm.layers.resample_abs_pos_embed(
             weights["pos_embed"], model.patch_embed.grid_size, num_prefix_tokens=model.num_prefix_tokens)
@@ -661,6 +694,7 @@ def build_model(arch, init, image_size, num_classes, seed=0, init_key=None, **op
     torch.manual_seed(seed)
     model = create(arch, num_classes, image_size, **options)
     if init == "random":
+        start_as_torchvision(model)
         return model, None
     if init in NAMED_INITS:
         load_backbone(model, published_weights(arch, init), init)
@@ -668,6 +702,15 @@ def build_model(arch, init, image_size, num_classes, seed=0, init_key=None, **op
     weights, meta = read_checkpoint(init, init_key)
     load_backbone(model, weights, init)
     return model, meta.get("dataset", Path(init).stem)
+
+
+def start_as_torchvision(model):
+    """Set the last norm of each block of a ResNet to 1. timm's start of 0 hides nearly all convolutions of an untrained
+    network from its features."""
+    for block in model.modules():
+        if isinstance(block, (timm.models.resnet.BasicBlock, timm.models.resnet.Bottleneck)):
+            last = block.bn3 if hasattr(block, "bn3") else block.bn2
+            torch.nn.init.ones_(last.weight)
 
 
 def load_trained(path):
@@ -838,7 +881,8 @@ def start(args):
     """Set up device, precision and, under torchrun, the process group: a Run."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local, neighbours = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    mps = torch.backends.mps.is_available() and world == 1  # gloo has none
+    usable = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
     kind = args.device if args.device != "auto" else next(name for name, there in usable.items() if there)
     if not usable[kind]:
         fail(f"--device {kind}: PyTorch {torch.__version__} sees no such device here; use --device auto or cpu")
@@ -853,12 +897,13 @@ def start(args):
         if world > 1:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
         keep_freed_memory()
-    if world > 1 and not dist.is_initialized():
+    if world > 1:
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=12))  # one may prepare a dataset while the rest wait
     amp = args.amp if args.amp != "auto" else "bf16" if has_fast_bf16(device) else "off"
     if amp == "fp16" and kind != "cuda":
         fail("--amp fp16 needs a CUDA device; use bf16 or off")
+    args.amp = amp  # a run is resumed at the precision that it had
     # in bf16 on CPUs two products and a softmax beat the fused kernel 3 to 6 times; in fp32 it is the faster
     timm.layers.set_fused_attn(kind != "cpu" or amp != "bf16")
     return Run(rank, world, device, amp)
@@ -870,7 +915,7 @@ def barrier():
         dist.all_reduce(torch.zeros(1))  # on the CPU's group, which takes no GPU memory
 
 
-def launch(main, again="the same command goes on from the last finished epoch"):
+def launch(main, again="the same command goes on, a training from its last finished epoch"):
     """Run a stage's main; Ctrl-C ends it with a line instead of a traceback."""
     try:
         main()
@@ -935,11 +980,17 @@ def optimizer_step(loss, optimizer, scaler, clip_grad):
     scaler.update()
 
 
-def start_training(model, args, run, folder):
-    """(optimizer, scaler, parts of a checkpoint, log) for fine-tuning a model: Adam on what asks for gradients, resumed
-    where the run stopped."""
+def parameter_groups(model, weight_decay=0.0):
+    """What asks for gradients: weights with decay, then biases and norms without."""
     wanted = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(wanted, lr=args.lr, weight_decay=args.weight_decay,
+    return [{"params": [p for p in wanted if p.ndim > 1], "weight_decay": weight_decay},
+            {"params": [p for p in wanted if p.ndim <= 1], "weight_decay": 0.0}]
+
+
+def start_training(model, args, run, folder):
+    """(optimizer, scaler, parts of a checkpoint, log) for fine-tuning a model: Adam on what asks for gradients, without
+    weight decay on biases and norms, resumed where the run stopped."""
+    optimizer = torch.optim.Adam(parameter_groups(model, args.weight_decay), lr=args.lr,
                                  fused=run.device.type in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp == "fp16")
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
@@ -950,8 +1001,12 @@ def end_epoch(entry, log, parts, weights, dataset, args, run, **own):
     """Add an epoch to the log, {"epoch", "loss", "val" (metrics), "images_per_second", "seconds"}, and save: model.pt if
     validation, by the headline or minus its loss where that is undefined, is the best so far; then the checkpoint."""
     values = entry["val"]
+    if not math.isfinite(values["loss"]):
+        fail(f"the loss on validation is not finite after epoch {entry['epoch']}; lower --lr, or try --amp off")
     headline = values[dataset.metric]
-    entry["score"] = -values["loss"] if headline is None else headline
+    undefined = any(each["val"][dataset.metric] is None for each in [*log, entry])
+    for each in [*log, entry]:  # all by one measure
+        each["score"] = -each["val"]["loss"] if undefined else each["val"][dataset.metric]
     best = entry["score"] > max((earlier["score"] for earlier in log), default=-math.inf)
     log.append(entry)
     folder = Path(args.output)
@@ -1006,7 +1061,8 @@ def add_training(parser, groups, batch_size, scale):
     train.add_argument("--batch-size", type=int, default=batch_size, help=f"over all processes (default {batch_size})")
     train.add_argument("--lr", type=float, default=1e-4, help="peak learning rate of Adam (default, paper: 1e-4)")
     train.add_argument("--min-lr", type=float, default=1e-6, help="where the cosine ends (default, paper: 1e-6)")
-    train.add_argument("--weight-decay", type=float, default=1e-5, help="(default, paper: 1e-5)")
+    train.add_argument("--weight-decay", type=float, default=1e-5,
+                       help="not on biases and norms (default, paper: 1e-5)")
     train.add_argument("--warmup-steps", type=int, default=500,
                        help="linear (default 500, paper 500 to 1000), at most a quarter of all steps")
     train.add_argument("--clip-grad", type=float, default=1.0, help="gradient norm (default, paper: 1; 0: off)")
@@ -1026,7 +1082,7 @@ def parse(parser, stage):
     args = parser.parse_args()
     args.stage = stage
     at_least = {"image_size": 1, "limit": 1, "epochs": 1, "batch_size": 1, "lr": 0, "weight_decay": 0, "warmup_steps": 0,
-                "clip_grad": 0}
+                "clip_grad": 0, "min_lr": 0, "seed": 0}
     for name, low in at_least.items():
         value = getattr(args, name, None)
         if value is not None and value < low:
@@ -1052,7 +1108,8 @@ def init_label(init, meta):
     if "stage" not in meta:
         return Path(init).stem
     before = "" if meta.get("init") in (None, "random") else meta["init"] + "+"
-    return before + {"pretrain_dino": "dino", "finetune": "finetuned", "segment": "segmenter"}[meta["stage"]]
+    made = {"pretrain_dino": "dino", "finetune": "finetuned", "segment": "segmenter"}
+    return before + made.get(meta["stage"], Path(init).stem)
 
 
 def versions():
@@ -1069,8 +1126,8 @@ def device_name(device):
 
 
 RUN_FILES = ["args.json", "log.jsonl", "checkpoint.pt", "model.pt", "predictions.csv", "metrics.json"]
-# these change no result; the data are compared by their fingerprint
-NOT_COMPARED = {"output", "overwrite", "device", "predict", "on_collapse", "export", "data"}
+# these change no result (of a device what matters is its precision, --amp); the data are compared by their fingerprint
+NOT_COMPARED = {"output", "overwrite", "device", "predict", "skip_broken", "on_collapse", "export", "data"}
 
 
 def open_run(args, run, dataset, own_files=()):
@@ -1081,7 +1138,10 @@ def open_run(args, run, dataset, own_files=()):
     args.output = str(folder)
     if folder.exists() and not folder.is_dir():
         fail(f"--output {folder} is a file, not a folder")
-    if not args.overwrite and any((folder / name).exists() for name in RUN_FILES[1:]):
+    there = any((folder / name).exists() for name in RUN_FILES[1:])
+    if there and args.overwrite and not (folder / "args.json").exists():
+        fail(f"{folder} holds no run of this project, and --overwrite replaces nothing else; give another --output")
+    if there and not args.overwrite:
         compare_runs(folder, args, dataset)
         if (folder / "metrics.json").exists():
             summary = json.loads((folder / "metrics.json").read_text()).get("summary", "")
@@ -1094,7 +1154,7 @@ def open_run(args, run, dataset, own_files=()):
             folder.mkdir(parents=True, exist_ok=True)
             run.lock = filelock.FileLock(folder / ".lock")
             run.lock.acquire(timeout=0)
-            for name in [*RUN_FILES, *own_files] if args.overwrite else []:
+            for name in [*reversed(RUN_FILES), *own_files] if args.overwrite else []:
                 (folder / name).unlink(missing_ok=True)
         except filelock.Timeout:
             fail(f"{folder} is being written by another process; wait for it, or give another --output")
@@ -1147,7 +1207,7 @@ def write_json(path, content):
 def write_table(path, head, rows):
     """Write a CSV file atomically."""
     def write(part):
-        with open(part, "w", newline="") as out:
+        with open(part, "w", newline="", encoding="utf-8") as out:
             csv.writer(out).writerows([head, *rows])
     write_atomic(path, write)
 
@@ -1161,7 +1221,7 @@ def resume(folder, run, parts):
         checkpoint = torch.load(path, map_location=run.device, weights_only=True)
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
         fail(f"{path} cannot be read ({str(error).splitlines()[0][:120]}); --overwrite starts the run again")
     say(f"resuming {folder} after epoch {checkpoint['log'][-1]['epoch']}")
     return checkpoint["log"]
@@ -1197,6 +1257,9 @@ def predictions_folder(args):
     if args.init in NAMED_INITS:
         fail(f"--predict needs --init RUN/model.pt, a model that {args.stage}.py has trained")
     folder = Path(args.output or "predictions")
+    for name in ("predictions.csv", "masks"):
+        if (folder / name).exists() and not args.overwrite and not (folder / "args.json").exists():
+            fail(f"{folder / name} is there already; give another --output, or --overwrite to replace it")
     if (folder / "args.json").exists() or (folder.exists() and not folder.is_dir()):
         fail(f"--output {folder} holds a training run or is a file; give a new folder for the predictions")
     return folder
@@ -1235,7 +1298,7 @@ def roc_auc(truth, score):
 
 
 def average_precision(truth, score):
-    """Sum over thresholds of (recall step) x precision, as in scikit-learn; None without a positive."""
+    """Sum over thresholds of (recall step) x precision, as in scikit-learn; None unless both classes are there."""
     truth = truth.astype(bool)
     if not truth.any() or truth.all():
         return None
@@ -1295,7 +1358,7 @@ def all_metrics(dataset, labels, scores):
 
 def bootstrap_interval(score, count, groups=None, seed=0, resamples=1000):
     """95 % percentile interval of score(indices) over resampled images (or groups, such as patients): [low, high],
-    None where fewer than half of the resamples define it."""
+    None where no more than half of the resamples define it."""
     rng = np.random.default_rng(seed)
     values = []
     if groups is not None:
@@ -1313,8 +1376,18 @@ def bootstrap_interval(score, count, groups=None, seed=0, resamples=1000):
     return np.percentile(values, [2.5, 97.5]).tolist() if len(values) * 2 > resamples else None
 
 
+def guess(dataset, count):
+    """What one says who always guesses: the share of each class, or label, in train, (count, C) float64."""
+    labels = dataset.labels[dataset.rows["train"]]
+    if dataset.task == "classes":
+        labels = np.eye(len(dataset.classes))[labels]
+    return np.tile(labels.mean(0, dtype=np.float64), (count, 1))
+
+
 def score_test(dataset, scores):
-    """all_metrics of the test split, with "interval" for the headline. scores (n, C), row by row of dataset.rows."""
+    """all_metrics of the test split, with "interval" for the headline, and what tells a model that says nothing: "guess",
+    the headline of always guessing the most frequent class; "beats_guess", whether the interval lies above it;
+    "one_class", the class that is predicted for every image or None. scores (n, C), row by row of dataset.rows."""
     rows = dataset.rows["test"]
     labels = dataset.labels[rows]
     values = all_metrics(dataset, labels, scores)
@@ -1327,13 +1400,23 @@ def score_test(dataset, scores):
 
     def headline(at):
         return metric(dataset.metric, dataset.task, labels[at], scores[at])
-    return {**values, "interval": bootstrap_interval(headline, len(labels), dataset.groups_of(rows))}
+    interval = bootstrap_interval(headline, len(labels), dataset.groups_of(rows))
+    guessed = metric(dataset.metric, dataset.task, labels, guess(dataset, len(labels)))
+    beats = None if None in (interval, guessed) else interval[0] > guessed
+    one_class = None
+    if dataset.task == "classes" and len(labels) > 1 and len(set(scores.argmax(1))) == 1:
+        one_class = dataset.classes[scores[0].argmax()]
+        say(f"WARNING: the model predicts {one_class!r} for every test image")
+    elif beats is False:
+        say("WARNING: by its interval the model does not beat always guessing the most frequent class")
+    return {**values, "interval": interval, "guess": guessed, "beats_guess": beats, "one_class": one_class}
 
 
-def interval_text(interval):
-    """A 95 % interval, [low, high] or None, for people."""
-    low, high = interval or (None, None)
-    return f"95 % interval {show(low)} to {show(high)}"
+def interval_text(test):
+    """The 95 % interval of scores, and what always guessing has, for people."""
+    low, high = test["interval"] or (None, None)
+    guessed = f"; always guessing: {show(test['guess'])}" if "guess" in test else ""
+    return f"95 % interval {show(low)} to {show(high)}{guessed}"
 
 
 def write_predictions(path, dataset, rows, scores, classes, task):
@@ -1379,7 +1462,7 @@ def save_figure(figure, path):
 
 
 def draw_curves(path, xlabel, panels):
-    """Draw panels [(title, unit, {label: (x, y)})] side by side, a line or, of few points, markers for each label."""
+    """Draw panels [(title, unit, {label: (x, y)})] side by side: a line for each label, of few points with markers."""
     figure, axes = new_figure(path, 3.4 * len(panels), 2.8, 1, len(panels))
     if figure is None:
         return

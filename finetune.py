@@ -73,7 +73,9 @@ def loss_function(logits, labels):
 def freeze_backbone(model):
     """Leave gradients to the classifier alone, and batch norm and drop path as at test time."""
     model.eval().requires_grad_(False)
-    model.get_classifier().requires_grad_(True)
+    classifier = model.get_classifier()
+    for part in classifier if isinstance(classifier, tuple) else [classifier]:  # a distilled DeiT has two
+        part.requires_grad_(True)
 
 
 def probabilities(logits, task):
@@ -86,14 +88,14 @@ def probabilities(logits, task):
 def train_epoch(model, optimizer, scaler, dataset, args, run, epoch, rates):
     """One pass over train, at the rates (steps,) of its steps. Returns the mean loss and the images a second."""
     rows = dataset.rows["train"]
-    order = common.epoch_order(len(rows), args.batch_size, args.seed, epoch)
     mine = common.own_share(args.batch_size, run)
+    order = common.epoch_order(len(rows), args.batch_size, args.seed, epoch)[:, mine]  # (steps, share) positions in rows
     labels = torch.from_numpy(dataset.labels[rows]).to(run.device)
     torch.manual_seed(hash((args.seed, epoch)) % 2 ** 31)  # of dropout and drop path, where there are any
     model.train(not args.freeze)
     total = torch.zeros((), device=run.device)
     begin = time.time()
-    loader = common.load_batches(dataset.images, [rows[batch[mine]] for batch in order], run.device)
+    loader = common.load_batches(dataset.images, rows[order], run.device)
     bar = tqdm(loader, f"epoch {epoch + 1}/{args.epochs}", len(order), leave=False, disable=run.rank > 0)
     for step, images in enumerate(bar):
         for group in optimizer.param_groups:
@@ -102,7 +104,7 @@ def train_epoch(model, optimizer, scaler, dataset, args, run, epoch, rates):
         view = train_view(images, draws, args, dataset.mean, dataset.std)
         with run.autocast():
             logits = model(view)
-        loss = loss_function(logits, labels[common.upload(order[step][mine], run.device)])
+        loss = loss_function(logits, labels[common.upload(order[step], run.device)])
         common.optimizer_step(loss, optimizer, scaler, args.clip_grad)
         total += loss.detach()
         if (step + 1) % CHECK_EVERY == 0 or step + 1 == len(order):
@@ -160,7 +162,8 @@ def draw_confusion(path, table, classes):
         return
     axis = axes[0, 0]
     shares = table / table.sum(1, keepdims=True).clip(1)
-    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    shade = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(shade, ax=axis, shrink=0.6, label="share of the true class")
     axis.set(xlabel="predicted class", ylabel="true class", xticks=[], yticks=[])
     if len(classes) <= 40:  # of more, nothing could be read
         points = min(9, 30 * side / len(classes))
@@ -194,9 +197,10 @@ def finish(model, dataset, args, run, folder, log, pretrained_on):
                                              for name in common.METRICS if name in test])
     headline = f"{dataset.metric} {common.show(test[dataset.metric])}"
     say(f"best epoch {best['epoch']} of {args.epochs}, {len(rows)} test images, {headline} "
-        f"({common.interval_text(test['interval'])})")
+        f"({common.interval_text(test)})")
     if test["undefined"]:
-        say(f"not in the test split, left out of the averages: {', '.join(test['undefined'])}")
+        say(f"not in the test split (or, of several labels, on all of it), left out of averages that need them: "
+            f"{', '.join(test['undefined'])}")
     common.write_metrics(
         folder, dataset, run, args, pretrained_on=pretrained_on, freeze=args.freeze, val=best["val"], test=test,
         best_epoch=best["epoch"], epochs=args.epochs, parameters=sum(p.numel() for p in model.parameters()),

@@ -1455,11 +1455,10 @@ def write_meta(folder, source, args, side, **own):
     if source.mean is None:
         train = np.flatnonzero([row.split == "train" for row in source.rows])
         source.mean, source.std = common.measure(images, train if len(train) else np.arange(len(images)))
-    kind = "roc_auc" if source.multilabel else "accuracy" if source.classes else "iou"
     common.write_json(folder / "dataset.json", {
         "version": VERSION, "name": Path(args.output).resolve().name, "side": side, "fit": args.fit,
         "channels": images.shape[3], "classes": source.classes or [], "ordinal": source.ordinal,
-        "mask_classes": source.mask_classes or [], "ignore": args.ignore, "metric": source.metric or kind,
+        "mask_classes": source.mask_classes or [], "ignore": args.ignore, "metric": source.metric,
         "masks": digest_of(folder / "masks.npy") if source.mask_classes else None, "mean": source.mean,
         "std": source.std, "layout": args.layout, "source": args.source, "command": args.command,
         "arguments": compared(args), "left_out": source.left_out, **own})
@@ -1521,7 +1520,7 @@ def summarise(folder, sizes, bits, facts):
     repeats = len(facts) - len({fact["digest"] for fact in facts})
     leaks = [f"; {n} {name.replace('_', ' ')}" for name, n in dataset.leakage.items() if n]
     say(f"duplicates: {repeats} images equal another one" + "".join(leaks))
-    say(f"mean {dataset.mean}, standard deviation {dataset.std}, headline metric {dataset.metric}")
+    say(f"mean {dataset.mean}, standard deviation {dataset.std}, headline metric {dataset.metric}, {dataset.metric_reason}")
 
 
 def choose_side(sizes, args):
@@ -1654,7 +1653,8 @@ def main(argv=None):
     except OSError as error:
         fail(f"--output {folder} cannot be written ({error})")
     summarise(folder, sizes, bits, facts)
-    say(f"written: {folder} (look at contact_sheet.png)")
+    if not folder.parent.name.startswith("."):  # of --predict, to be removed again
+        say(f"written: {folder} (look at contact_sheet.png)")
 
 
 # ---------------------------------------------------------------- the demo ----------------------------------

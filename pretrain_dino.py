@@ -21,23 +21,27 @@ from tqdm import tqdm
 import common
 from common import Draws, fail, say
 
-# What the two recipes differ in; a flag on the command line goes before either. "paper" is meant for a start
-# from ImageNet weights. "small" is for random weights and few images, where "paper" stays at ln outputs, the
-# loss of knowing nothing, and its features get worse; BENCHMARKS.md has the ablation that led to it.
-PAPER = {"batch_size": 64, "out_dim": 4096, "head_norm": "none", "centering": "mean", "teacher_temp": 0.07,
-         "warmup_teacher_temp": 0.04, "warmup_teacher_epochs": 30, "momentum_teacher": 0.99, "koleo": 0.0,
-         "local_crops": 6, "global_scale": [0.4, 1.0], "local_scale": [0.05, 0.4],
-         "jitter": [0.4, 0.4, 0.2, 0.1], "grey": 0.2, "blur": [1.0, 0.1, 0.5], "solarize": 0.2, "lr": 5e-4,
-         "warmup_epochs": 10, "weight_decay": 0.04, "weight_decay_end": 0.4, "freeze_last_layer": 1,
-         "drop_path": 0.1}
-RECIPES = {"paper": PAPER, "small": {
-    **PAPER, "batch_size": 32, "out_dim": 1024, "head_norm": "batch", "centering": "sinkhorn",
-    "teacher_temp": 0.025, "warmup_teacher_temp": 0.025, "warmup_teacher_epochs": 0, "koleo": 0.5,
-    "local_crops": 2, "global_scale": [0.5, 1.0], "local_scale": [0.2, 0.5], "jitter": [0.2, 0.2, 0.1, 0.05],
-    "blur": [0.1, 0.1, 0.1], "solarize": 0.0, "lr": 1e-3, "warmup_epochs": 1, "weight_decay_end": 0.04,
-    "freeze_last_layer": -1, "drop_path": 0.0}}
+# What the recipes differ in; a flag on the command line goes before any. "paper" has the values of the study's code, for
+# a start from ImageNet weights. (That code steps its optimizer twice a batch, so that its runs cannot be matched exactly.)
+# "caron" has those of Caron et al., for many images. "small" is for random weights and few images, where the others stay
+# at ln outputs, the loss of knowing nothing, and their features get worse; BENCHMARKS.md has the ablation that led to it.
+PAPER = {"optimizer": "adam", "batch_size": 64, "lr": 1e-4, "lr_batch": 0, "warmup_steps": 500, "warmup_epochs": 0,
+         "weight_decay": 1e-5, "weight_decay_end": 0.4, "clip_grad": 1.0, "clip": "all", "out_dim": 4096,
+         "head_norm": "none", "centering": "mean", "teacher_temp": 0.07, "warmup_teacher_temp": 0.04,
+         "warmup_teacher_epochs": 30, "momentum_teacher": 0.99, "koleo": 0.0, "local_crops": 6,
+         "global_scale": [0.4, 1.0], "local_scale": [0.05, 0.4], "jitter": [0.4, 0.4, 0.2, 0.1], "grey": 0.2,
+         "blur": [1.0, 0.1, 0.5], "solarize": 0.2, "freeze_last_layer": 1, "drop_path": 0.1}
+CARON = {**PAPER, "optimizer": "adamw", "batch_size": 1024, "lr": 5e-4, "lr_batch": 256, "warmup_steps": 0,
+         "warmup_epochs": 10, "weight_decay": 0.04, "clip_grad": 3.0, "clip": "each", "out_dim": 65536,
+         "momentum_teacher": 0.996, "local_crops": 8}
+SMALL = {**CARON, "batch_size": 32, "lr": 1e-3, "warmup_epochs": 1, "weight_decay_end": 0.04, "clip": "all",
+         "out_dim": 1024, "head_norm": "batch", "centering": "sinkhorn", "teacher_temp": 0.025,
+         "warmup_teacher_temp": 0.025, "warmup_teacher_epochs": 0, "momentum_teacher": 0.99, "koleo": 0.5,
+         "local_crops": 2, "global_scale": [0.5, 1.0], "local_scale": [0.2, 0.5], "jitter": [0.2, 0.2, 0.1, 0.05],
+         "blur": [0.1, 0.1, 0.1], "solarize": 0.0, "freeze_last_layer": -1, "drop_path": 0.0}
+RECIPES = {"paper": PAPER, "caron": CARON, "small": SMALL}
 SMALL_CNN = {"lr": 4e-3, "koleo": 0.2}  # CNNs stand a higher rate, at which a ViT's features get worse
-SMALL = 20000  # images below which a start from random weights takes the small recipe
+FEW = 20000  # images below which a start from random weights takes the small recipe
 
 
 def arguments():
@@ -45,7 +49,7 @@ def arguments():
     parser, groups = common.make_parser(__doc__)
     dino, train = (parser.add_argument_group(name) for name in ("DINO (defaults: --recipe)", "training"))
     dino.add_argument("--recipe", default="auto", choices=["auto", *RECIPES],
-                      help=f"defaults of the flags below; auto: small below {SMALL} images from random")
+                      help=f"defaults of the flags below (auto: small below {FEW} images from random, else paper)")
     dino.add_argument("--out-dim", type=int, help="outputs of the head (paper: 4096)")
     dino.add_argument("--head-norm", choices=["none", "batch"], help="batch norm in the head (paper: none)")
     dino.add_argument("--centering", choices=["mean", "sinkhorn"], help="of teacher outputs (paper: mean)")
@@ -68,16 +72,21 @@ def arguments():
     dino.add_argument("--drop-path", type=float, help="of the student (paper: 0.1)")
     dino.add_argument("--koleo", type=float, help="weight of the term that spreads features (paper: 0)")
     train.add_argument("--epochs", type=int, default=100)
-    train.add_argument("--batch-size", type=int, help="over all processes (recipe paper: 64, small: 32)")
+    train.add_argument("--batch-size", type=int, help="over all processes (paper: 64, caron: 1024, small: 32)")
     train.add_argument("--accumulate", type=int, default=1, help="parts that a step's batch is split into")
-    train.add_argument("--lr", type=float,
-                       help="of 256 images, scaled with --batch-size (paper: 5e-4; small: 1e-3, CNNs 4e-3)")
+    train.add_argument("--optimizer", choices=["adam", "adamw"], help="(paper: adam)")
+    train.add_argument("--lr", type=float, help="peak (paper: 1e-4; of 256 images caron: 5e-4, small: 1e-3, CNNs 4e-3)")
+    train.add_argument("--lr-batch", type=int, help="batch that --lr is of, scaled to --batch-size (paper: 0, not scaled)")
     train.add_argument("--min-lr", type=float, default=1e-6, help="(default, paper: 1e-6)")
-    train.add_argument("--warmup-epochs", type=int, help="of the rate, up to half of all (paper: 10)")
-    train.add_argument("--weight-decay", type=float, help="at the start (paper: 0.04)")
+    train.add_argument("--warmup-steps", type=int, help="of the rate (paper: 500), and")
+    train.add_argument("--warmup-epochs", type=int, help="both up to half of all steps (caron: 10)")
+    train.add_argument("--weight-decay", type=float, help="at the start, not on biases and norms (paper: 1e-5)")
     train.add_argument("--weight-decay-end", type=float, help="at the end of its cosine (paper: 0.4)")
-    train.add_argument("--clip-grad", type=float, default=3.0, help="gradient norm (default 3; 0: off)")
+    train.add_argument("--clip-grad", type=float, help="gradient norm (paper: 1; 0: off)")
+    train.add_argument("--clip", choices=["all", "each"], help="norm of all gradients (paper), or of each tensor's")
     train.add_argument("--probe-every", type=int, default=5, help="epochs between k-NN probes (0: none)")
+    train.add_argument("--keep", default="best", choices=["best", "last"],
+                       help="teacher in model.pt: of the best k-NN probe (default, paper), or of the last epoch")
     train.add_argument("--on-collapse", default="warn", choices=["warn", "stop"], help="say so, or stop")
     groups["run"].add_argument("--preview", action="store_true", help="write crops.png and stop")
     groups["run"].add_argument("--export", metavar="FILE.safetensors", help="the backbone for timm as well")
@@ -101,7 +110,7 @@ def arguments():
 def apply_recipe(args, images, run):
     """Fill the flags that were not given from the recipe, in place, and check what hangs together."""
     if args.recipe == "auto":
-        args.recipe = "small" if args.init == "random" and images < SMALL else "paper"
+        args.recipe = "small" if args.init == "random" and images < FEW else "paper"
     patch = common.patch_size(common.create(args.arch, 0, args.image_size))  # None: a CNN
     unit = patch or 16
     defaults = {**RECIPES[args.recipe], "local_size": max(1, round(args.image_size * 3 / 7 / unit)) * unit}  # 96 at 224
@@ -210,8 +219,9 @@ def schedules(args, steps):
     """Per-step learning rate, weight decay and teacher momentum, per-epoch teacher temperature (Caron et al. 2021,
     section 3.2); `steps` an epoch."""
     total = args.epochs * steps
-    warmup = min(args.warmup_epochs * steps, total // 2)
-    lr = common.warmup_cosine(args.lr * args.batch_size / 256, args.min_lr, total, warmup, first=0)
+    warmup = min(args.warmup_steps + args.warmup_epochs * steps, total // 2)
+    peak = args.lr * args.batch_size / args.lr_batch if args.lr_batch else args.lr
+    lr = common.warmup_cosine(peak, args.min_lr, total, warmup, first=0)
     decay = common.cosine(args.weight_decay, args.weight_decay_end, total)
     momentum = common.cosine(args.momentum_teacher, 1, total)
     ramp = min(args.warmup_teacher_epochs, args.epochs)
@@ -296,12 +306,6 @@ def build(args, run):
     return student, teacher, pretrained_on
 
 
-def parameter_groups(model):
-    """Weights with decay, biases and norms without."""
-    return [{"params": [p for p in model.parameters() if p.ndim > 1]},
-            {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}]
-
-
 def train_epoch(student, wrapped, teacher, optimizer, scaler, dataset, args, run, epoch, plan):
     """One pass over the images. Returns {"loss", "entropy", "marginal_entropy", "images_per_second"}: the entropies, in
     nats, of the teacher's outputs and of their mean over a batch, means over the epoch. wrapped: the student for
@@ -341,7 +345,9 @@ def train_epoch(student, wrapped, teacher, optimizer, scaler, dataset, args, run
             student.head.last.grad = None
         scaler.unscale_(optimizer)
         if args.clip_grad:
-            torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip_grad)
+            tensors = [p for p in student.parameters() if p.grad is not None]
+            for together in [tensors] if args.clip == "all" else [[p] for p in tensors]:
+                torch.nn.utils.clip_grad_norm_(together, args.clip_grad)
         scaler.step(optimizer)
         scaler.update()
         with torch.no_grad():
@@ -375,9 +381,10 @@ def examine(backbone, dataset, args, run, probe):
         rows, keys = sample("train", 2048)
         similarity, index = (queries @ keys.T).topk(min(20, len(keys)), dim=1)
         known = F.one_hot(torch.from_numpy(dataset.labels[rows]), len(dataset.classes))
-        votes = known[index] * (similarity / 0.07).exp()[..., None]
+        votes = known[index] * (similarity / 0.1).exp()[..., None]
         right = votes.sum(1).argmax(1) == torch.from_numpy(dataset.labels[asked])
         result["knn"] = right.float().mean().item()
+        result["guess"] = float(np.bincount(dataset.labels[asked]).max() / len(asked))
     return result
 
 
@@ -439,6 +446,14 @@ def describe(entry, args):
             f"feature std {entry['feature_std']:.3f}{knn}  {entry['images_per_second']:.1f} images/s")
 
 
+def best_epoch(log, keep):
+    """The epoch whose teacher is kept: that of the best k-NN, the first of equals, or the last one where there is none."""
+    probed = [entry for entry in log[1:] if "knn" in entry]
+    if keep == "last" or not probed:
+        return log[-1]["epoch"]
+    return max(probed, key=lambda entry: entry["knn"])["epoch"]
+
+
 def stop_if_collapsed(log, args):
     """End the run where --on-collapse says so."""
     if log[-1].get("collapse") and args.on_collapse == "stop":
@@ -455,7 +470,8 @@ def export(path, weights):
 def fit(student, teacher, dataset, args, run, folder, pretrained_on):
     """Train from the last checkpoint to the last epoch, saving the teacher's backbone at each. Returns the log, whose
     first entry is from before training."""
-    optimizer = torch.optim.AdamW(parameter_groups(student), fused=run.device.type in ("cpu", "cuda"))
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
+    optimizer = kind(common.parameter_groups(student), fused=run.device.type in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp == "fp16")
     parts = {"student": student, "teacher": teacher, "optimizer": optimizer, "scaler": scaler}
     log = common.resume(folder, run, parts)
@@ -483,11 +499,12 @@ def fit(student, teacher, dataset, args, run, folder, pretrained_on):
         log.append(entry)
         entry |= {"collapse": verdict(log, args), "seconds": time.time() - begin}
         if run.rank == 0:
-            weights = teacher.backbone.state_dict()
-            common.save_model(folder / "model.pt", weights, dataset, args, task=dataset.task, classes=[],
-                              num_classes=0, pretrained_on=pretrained_on)
-            if args.export:
-                export(args.export, weights)
+            if best_epoch(log, args.keep) == epoch + 1:
+                weights = teacher.backbone.state_dict()
+                common.save_model(folder / "model.pt", weights, dataset, args, task=dataset.task, classes=[],
+                                  num_classes=0, pretrained_on=pretrained_on)
+                if args.export:
+                    export(args.export, weights)
             common.save_checkpoint(folder, parts, log)
             draw_curves(folder / "curves.png", log, images, args)
         say(describe(entry, args))
@@ -520,14 +537,19 @@ def main():
     if run.rank > 0:
         return
     before, last = log[0], log[-1]
+    kept = log[best_epoch(log, args.keep)]
+    knn = f"; its k-NN {kept['knn']:.4f}, always guessing {kept['guess']:.4f}" if "knn" in kept else ""
+    say(f"model.pt is the teacher of epoch {kept['epoch']} of {args.epochs}{knn}")
+    if kept.get("knn", 1) <= kept.get("guess", 0):
+        say("WARNING: the k-NN of its features does not beat always guessing the most frequent class")
     common.write_metrics(
         folder, dataset, run, args, pretrained_on=pretrained_on, settings=recipe, metric="knn", test={},
-        val={"knn": last.get("knn"), "knn_before": before.get("knn"), "loss": last["loss"], "entropy": last["entropy"],
-             "feature_std": last["feature_std"]},
+        val={"knn": kept.get("knn"), "guess": kept.get("guess"), "knn_before": before.get("knn"), "loss": last["loss"], "entropy": last["entropy"],
+             "feature_std": last["feature_std"]}, best_epoch=kept["epoch"],
         collapse=last["collapse"], epochs=args.epochs, parameters=sum(p.numel() for p in student.backbone.parameters()),
         seconds=sum(entry["seconds"] for entry in log[1:]),
         images_per_second=float(np.median([entry["images_per_second"] for entry in log[1:]])),
-        summary=f"loss {last['loss']:.3f}, val k-NN {common.show(last.get('knn'))}")
+        summary=f"loss {last['loss']:.3f}, val k-NN {common.show(kept.get('knn'))}")
 
 
 if __name__ == "__main__":

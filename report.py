@@ -14,12 +14,12 @@ import html
 import itertools
 import json
 import math
-import shutil
 import sys
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 import common
 from common import fail, say
@@ -37,12 +37,13 @@ VITS = ("vit", "deit", "beit", "eva", "cait", "xcit", "swin")  # all other archi
 NO_RECIPE = common.NOT_COMPARED | {"arch", "init", "init_label", "init_key", "seed"}
 QUESTIONS = [  # the paper's, each with the comparison, the kind of run and the starts that answer it
     ("Does the ViT lose from scratch?", "vit", "finetune", ["random"]),
-    ("Is the ViT on par from ImageNet weights?", "vit", "finetune", ["imagenet"]),
+    ("Is the ViT on par from ImageNet weights, supervised?", "vit", "finetune", ["imagenet"]),
+    ("Is the ViT on par from ImageNet weights, self-supervised?", "vit", "finetune", ["imagenet-dino"]),
     ("And after DINO on the dataset's own images?", "vit", "finetune", BEFORE_DINO),
     ("Does DINO help fine-tuning?", "dino", "finetune", BEFORE_DINO),
     ("Does DINO help k-NN?", "dino", "knn_eval", BEFORE_DINO),
     ("Does the ViT lose from scratch in segmentation?", "vit", "segment", ["random"]),
-    ("Is the ViT on par from ImageNet weights in segmentation?", "vit", "segment", ["imagenet"]),
+    ("Is the ViT on par from ImageNet weights in segmentation?", "vit", "segment", ["imagenet", "imagenet-dino"]),
     ("And after DINO on the dataset's own images in segmentation?", "vit", "segment", BEFORE_DINO),
     ("Does DINO help segmentation?", "dino", "segment", BEFORE_DINO)]
 
@@ -188,16 +189,19 @@ def read_predictions(run):
 
 
 def image_scores(run):
-    """(paths, score) of a run's predictions.csv: score(rows (n,) int) is its headline metric over these images, NaN
-    where that is not defined. None where the file is not there or does not give the run's own score."""
+    """(paths, score, defined) of a run's predictions.csv: score(rows (n,) int, elsewhere) is its headline metric over
+    these images, NaN where that is not defined; of a segmentation over those that are also defined `elsewhere`, as
+    `defined` (n, C) bool says of this run. None where the file is not there or does not give the run's own score."""
     try:
         paths, labels, values = read_predictions(run)
     except (OSError, ValueError, IndexError, KeyError):
         return None
+    defined = ~np.isnan(values)
 
-    def score(rows):
+    def score(rows, elsewhere=None):
         if labels is None:
-            return float(np.ma.masked_invalid(values[rows]).mean(0).mean())
+            counted = defined[rows] if elsewhere is None else defined[rows] & elsewhere[rows]
+            return float(np.ma.array(values[rows], mask=~counted).mean(0).mean())
         task = "classes" if labels.ndim == 1 else "multilabel"
         value = common.metric(run["metric"], task, labels[rows], values[rows])
         return math.nan if value is None else value
@@ -205,7 +209,7 @@ def image_scores(run):
     own = headline(run)
     if own is None or not len(paths) or not abs(score(np.arange(len(paths))) - own) < 1e-3:
         return None
-    return paths, score
+    return paths, score, defined
 
 
 def paired_difference(first, second, resamples=500):
@@ -221,6 +225,9 @@ def paired_difference(first, second, resamples=500):
     paths = [scores[0] for pair in pairs for scores in pair if scores]
     same = len(paths) == 2 * len(seeds) and all(path == paths[0] for path in paths)
     images = len(paths[0]) if same else 0
+    if images:  # of a segmentation, over the images on which both are defined
+        rows = np.arange(images)
+        differences = [a[1](rows, b[2]) - b[1](rows, a[2]) for a, b in pairs]
     rng = np.random.default_rng(0)
     values = []
     for _ in range(resamples if images or len(seeds) > 1 else 0):
@@ -228,7 +235,7 @@ def paired_difference(first, second, resamples=500):
         drawn = differences
         if images:
             rows = rng.integers(images, size=images)
-            drawn = {i: pairs[i][0][1](rows) - pairs[i][1][1](rows) for i in set(chosen)}
+            drawn = {i: pairs[i][0][1](rows, pairs[i][1][2]) - pairs[i][1][1](rows, pairs[i][0][2]) for i in set(chosen)}
         values.append(np.mean([drawn[i] for i in chosen]))
     defined = [value for value in values if not math.isnan(value)]
     interval = np.percentile(defined, [2.5, 97.5]).tolist() if len(defined) * 2 > resamples else None
@@ -267,6 +274,21 @@ def in_words(result, better, worse):
     return f"{better if interval[0] > 0 else worse} ({evidence})"
 
 
+def says_one_thing(cell, by_seed):
+    """Why a cell's scores tell nothing: [sentence] where a run of it predicts one class for every image. (A ranking, as
+    of a ROC curve, may tell more.)"""
+    for seed, run in by_seed.items():
+        if run["test"].get("one_class") is not None and run["metric"] not in ("roc_auc", "average_precision"):
+            return [f"{cell[1]} from {cell[2]}, seed {seed}, predicts {run['test']['one_class']} for every image"]
+    return []
+
+
+def k_of(by_seed):
+    """The k of k-NN runs, as text behind a name; "" of other runs."""
+    ks = sorted({run["k"] for run in by_seed.values() if run.get("k")})
+    return f" (k = {', '.join(map(str, ks))})" if ks else ""
+
+
 def answers(table, pairs):
     """The paper's questions, each with what these runs say: {question: [answer]}."""
     result = {}
@@ -276,10 +298,11 @@ def answers(table, pairs):
         for compared, a, b, found in pairs:
             if compared != what or a[0] != kind or a[2] not in inits:
                 continue
-            if what == "vit":
-                lines.append(f"{a[1]} against {b[1]}, {a[2]}: {in_words(found, 'the ViT is better', 'the ViT is worse')}")
-            else:
-                lines.append(f"{a[1]}, {b[2]} to {a[2]}: {in_words(found, 'it helps', 'it hurts')}")
+            subject = f"{a[1]} against {b[1]}, {a[2]}" if what == "vit" else f"{a[1]}, {b[2]} to {a[2]}"
+            verdicts = ("the ViT is better", "the ViT is worse") if what == "vit" else ("it helps", "it hurts")
+            silent = [reason for cell in (a, b) for reason in says_one_thing(cell, table[cell])]
+            answer = f"cannot be compared: {'; '.join(silent)}" if silent else in_words(found, *verdicts)
+            lines.append(f"{subject}{k_of(table[a])}: {answer}")
         if lines or kind in kinds and kind != "segment":
             result[question] = lines or ["no runs to tell"]
     if {"finetune", "knn_eval"} <= kinds:
@@ -386,7 +409,25 @@ def score_table(table, kind):
         if of_kind == kind:
             n = summary(by_seed)[2]
             rows[archs.index(arch)][1 + inits.index(init)] = score_text(by_seed) + f" (n = {n})" * (n > 0)
+    guesses = {number(run["test"].get("guess")) for cell, by_seed in table.items() if cell[0] == kind
+               for run in by_seed.values()} - {"-"}
+    if guesses:
+        rows.append(["always the most frequent class", *[", ".join(sorted(guesses))] * len(inits)])
     return ["", *inits], rows
+
+
+def table_of_datasets(groups, kind):
+    """(head, rows): Table 1 of the paper, a row an init and an architecture, a column a dataset and its metric."""
+    groups = [(key, table) for key, table in groups if any(cell[0] == kind for cell in table)]
+    rows = {}
+    for column, (_, table) in enumerate(groups):
+        for (of_kind, arch, init), by_seed in table.items():
+            if of_kind == kind:
+                row = rows.setdefault((init, arch), [init, arch, *["missing"] * len(groups)])
+                row[2 + column] = score_text(by_seed)
+    order = [*INITS]
+    keys = sorted(rows, key=lambda key: (order.index(key[0]) if key[0] in order else len(order), key[0], is_vit(key[1])))
+    return ["", "", *(f"{key[0]} ({key[3]})" for key, _ in groups)], [rows[key] for key in keys]
 
 
 def capacity_table(table):
@@ -402,9 +443,17 @@ def segment_table(table):
     """(head, rows): IoU and Dice, means over test images."""
     names = {"iou": "IoU", "dice": "Dice", "hd95": "HD95 (pixels)",
              "constant_iou": "IoU of the best constant mask"}
-    return ["", "init", *names.values(), "n"], [
-        [arch, init, *(score_text(by_seed, name, "missing") for name in names), len(by_seed)]
-        for (kind, arch, init), by_seed in table.items() if kind == "segment"]
+    rows = []
+    for (kind, arch, init), by_seed in table.items():
+        if kind == "segment":
+            texts = [score_text(by_seed, name, "missing") for name in names]
+            tests = [run["test"] for run in by_seed.values()]
+            for column, count in ((0, "n"), (1, "n"), (2, "hd95_n")):
+                images = sorted({test[count] for test in tests if count in test})
+                texts[column] += f" over {', '.join(map(str, images))}" if images else ""
+            found = ["{found} of {lesions}".format(**test) for test in tests if "found" in test]
+            rows.append([arch, init, *texts, ", ".join(found) or "-", len(by_seed)])
+    return ["", "init", *names.values(), "lesions found", "n"], rows
 
 
 def pair_table(pairs):
@@ -472,6 +521,8 @@ def other_tables(runs):
 
 # ---------------------------------------------------------------- figures -----------------------------------
 
+EMPTY_MASKS = ("An image without the class, in which none is predicted, counts nowhere; where one of the two has it, IoU and "
+               "Dice are 0 and the image is left out of HD95. A lesion is found where the prediction meets it.")
 BARS = ("Error bars: one standard deviation over seeds or, of a single seed, the 95 % interval over test "
         "images.")
 CAPTIONS = [
@@ -516,6 +567,7 @@ def draw_bars(path, groups):
         axis.set_xticks(range(len(inits)), inits, rotation=20 * (max(map(len, inits)) * len(inits) > 36))
         axis.set(title=f"{key[0]}: {STAGES[kind]}", ylabel=f"test {key[3]}", xlabel="starting weights")
         axis.set_ylim(top=1.25 * axis.get_ylim()[1])  # room for the legend
+        axis.set_yticks([tick for tick in axis.get_yticks() if tick <= 1])
         axis.grid(axis="y", color="#dddddd")
         axis.set_axisbelow(True)
         axis.legend(loc="upper left", ncols=2, fontsize=7)
@@ -553,12 +605,28 @@ def draw_capacity(path, groups):
     common.save_figure(figure, path)
 
 
-def newest(files):
-    """(the newest of some files or None, a note on the others)."""
-    files = sorted(filter(Path.exists, files), key=lambda file: (file.stat().st_mtime, file))
-    if not files:
-        return None, ""
-    return files[-1], f" {files[-1]} is shown; there are {len(files) - 1} more." if len(files) > 1 else ""
+def newest(found):
+    """Of found [(dataset, file)]: (the newest file of each dataset, a note on the others)."""
+    files = defaultdict(set)
+    for dataset, file in found:
+        if file.exists():
+            files[dataset].add(file)
+    latest = [max(files[dataset], key=lambda file: (file.stat().st_mtime, file)) for dataset in sorted(files)]
+    others = sum(map(len, files.values())) - len(latest)
+    return latest, f" {', '.join(map(str, latest))} is shown; there are {others} more." if others else ""
+
+
+def join_pictures(files, path, side_by_side):
+    """Join pictures, beside or below each other, into one."""
+    pictures = [Image.open(file).convert("RGB") for file in files]
+    widths, heights = zip(*(picture.size for picture in pictures))
+    size = (sum(widths), max(heights)) if side_by_side else (max(widths), sum(heights))
+    canvas = Image.new("RGB", size, "white")
+    x = y = 0
+    for picture in pictures:
+        canvas.paste(picture, (x, y))
+        x, y = (x + picture.width, 0) if side_by_side else (0, y + picture.height)
+    common.write_atomic(path, lambda part: canvas.save(part, "PNG"))
 
 
 def figures(runs, groups, output, kind):
@@ -569,20 +637,20 @@ def figures(runs, groups, output, kind):
     for suffix in {"png", kind}:
         draw_bars(output / f"figure1.{suffix}", groups)
         draw_capacity(output / f"figure3.{suffix}", groups)
-    compared, notes[1] = newest({record.with_suffix(".png") for run in runs
-                                 for record in run["folder"].parent.glob("comparison*.json")})
-    looked, notes[3] = newest({run["folder"] / "saliency.png" for run in runs})
-    reached, notes[4] = newest({run["folder"] / "attn_distance.png" for run in runs})
-    for number_of, file in ((2, compared), (4, looked), (5, reached)):
-        if file:
-            shutil.copyfile(file, output / f"figure{number_of}.png")
-    if compared:
+    compared, notes[1] = newest([(run["dataset"], record.with_suffix(".png")) for run in runs
+                                 for record in run["folder"].parent.glob("comparison*.json")])
+    looked, notes[3] = newest([(run["dataset"], run["folder"] / "saliency.png") for run in runs])
+    reached, notes[4] = newest([(run["dataset"], run["folder"] / "attn_distance.png") for run in runs])
+    for number_of, files in ((2, compared), (4, looked), (5, reached)):
+        if files:
+            join_pictures(files, output / f"figure{number_of}.png", side_by_side=number_of == 4)
+    for file in compared:
         try:
-            record = json.loads(compared.with_suffix(".json").read_text())
+            record = json.loads(file.with_suffix(".json").read_text())
             scores = [f"{name} has a mean IoU of {number(iou)}" for name, iou in zip(record["names"], record["iou"])]
-            notes[1] = f" {', '.join(scores)}.{notes[1]}"
+            notes[1] += f" {', '.join(scores)}."
         except (OSError, ValueError, KeyError, TypeError) as error:
-            notes[1] = f" {compared.with_suffix('.json')} cannot be read ({error!r}).{notes[1]}"
+            notes[1] += f" {file.with_suffix('.json')} cannot be read ({error!r})."
     files = [output / f"figure{k + 1}.png" for k in range(5)]
     files = [file if file.exists() else None for file in files]
     parts = [figure_of(file, f"Figure {k + 1}. {CAPTIONS[k]}{notes[k]}") for k, file in enumerate(files)]
@@ -623,13 +691,14 @@ def section_of(key, members, table):
     for question, lines in answers(table, pairs).items():
         parts += [heading(question, 3), bullets(lines)]
     for kind in kinds:
-        parts.append(table_of(*score_table(table, kind), f"Table: {STAGES[kind]}, test {key[3]}: median ± standard deviation "
-                              "over n seeds; of one seed, the [95 % interval] over test images"))
+        k = k_of({i: run for cell, by_seed in table.items() if cell[0] == kind for i, run in enumerate(by_seed.values())})
+        parts.append(table_of(*score_table(table, kind), f"Table: {STAGES[kind]}{k}, test {key[3]}: median ± standard "
+                              "deviation over n seeds; of one seed, the [95 % interval] over test images"))
     if "finetune" in kinds:
         parts.append(table_of(*capacity_table(table), "Table: capacity, fine-tuned"))
     if "segment" in kinds:
         parts.append(table_of(*segment_table(table), "Table: segmentation, means over test images, median ± standard "
-                              "deviation over n seeds"))
+                              f"deviation over n seeds. {EMPTY_MASKS}"))
     if pairs:
         parts.append(table_of(*pair_table(pairs), "Table: paired differences over the same seeds and the same resampled test "
                               "images (singly, so the intervals are too narrow where a patient has several)"))
@@ -643,6 +712,10 @@ def health(run, collapsed):
     notes += [f"collapsed start: {start}"] if start in collapsed else []
     notes += [f"leaking: {count} images {key.replace('_', ' ')}"
               for key, count in (run.get("leakage") or {}).items() if count]
+    if run["test"].get("one_class") is not None:
+        notes.append(f"predicts {run['test']['one_class']} for every test image")
+    elif run["test"].get("beats_guess") is False:
+        notes.append("does not beat always guessing the most frequent class")
     if run["test"].get("undefined"):
         notes.append(f"missing in the test split: {', '.join(run['test']['undefined'])}")
     if run.get("best_epoch") and run["best_epoch"] == run.get("epochs"):
@@ -709,16 +782,21 @@ def main():
         tables.append((key, table))
         parts += section_of(key, group, table)
     classified = [(key, table) for key, table in tables if any(cell[0] != "segment" for cell in table)]
+    datasets = list(dict.fromkeys(key[0] for key, _ in tables))
     if max(len(classified), len(tables) - len(classified)) > 1:
         parts = [heading("Runs that do not belong together"), paragraph(
             "These differ in dataset, split, image size or headline metric. They are tabulated and drawn apart and never "
             "averaged:"), bullets(["{}, split {}, {} pixels, {}".format(*key) for key, _ in tables]), *parts]
+    for kind in ("knn_eval", "finetune"):
+        if len({key[0] for key, table in classified if any(cell[0] == kind for cell in table)}) > 1:
+            caption = f"Table 1: {STAGES[kind]}, test score by start and model on every dataset"
+            parts = [table_of(*table_of_datasets(classified, kind), caption), *parts]
     made, drawn = figures(runs, classified, output, args.format)
     others = other_tables(runs)
     if others:
         parts += [heading("Pretraining, saliency, attention"), *others]
     parts += [heading("Figures"), *made, *closing_parts(runs, troubles)]
-    title = f"{tables[0][0][0] if tables else 'Runs'}: a pretrained ViT, or a CNN?"
+    title = f"{', '.join(datasets) or 'Runs'}: a pretrained ViT, or a CNN?"
     write_page(output / "report.html", title, parts)
 
     for (dataset, _, _, metric), table in tables:

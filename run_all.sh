@@ -5,12 +5,24 @@
 #   DRY_RUN=1 bash run_all.sh                                                # what it would do, and what is done
 #   DATA=data/mine LAUNCH="torchrun --nproc_per_node 4" bash run_all.sh      # a folder of prepare.py, on 4 GPUs
 #   DATA=data/mine SOURCE=/files/mine bash run_all.sh                        # which is prepared first
+#   DATA="data/aptos2019 data/isic2019" bash run_all.sh                      # several, and one report
 #
 # All settings are environment variables; lists and flags are separated by blanks. On several machines, which share
 # RUNS, start the same command on each, with LAUNCH="torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d
 # --rdzv_endpoint HOST:29500" and NODE=0 on the first, NODE=1 on the next.
 set -uf -o pipefail
 refuse() { echo "error: $*" >&2; exit 2; }
+case ${DATA:-} in *" "*)  # several datasets, one after the other, and a report over them all
+  studies=() code=0
+  for folder in $DATA; do
+    studies+=("${RUNS:-$(dirname "$0")/runs}/$(basename "$folder")")
+    DATA=$folder RUNS=${studies[${#studies[@]} - 1]} bash "$0" || code=1
+  done
+  [ -n "${PYTHON:-}" ] || [ ! -x "$(dirname "$0")/.venv/bin/python" ] || PYTHON=$(dirname "$0")/.venv/bin/python
+  [ "${DRY_RUN:-0}" = 1 ] || "${PYTHON:-python3}" "$(dirname "$0")/report.py" "${studies[@]}" \
+    --output "${RUNS:-$(dirname "$0")/runs}/report" || code=1
+  exit $code ;;
+esac
 for name in DATA SOURCE RUNS; do  # relative to where the command was typed
   case ${!name:-/} in /*) ;; *) printf -v "$name" %s "$PWD/${!name}" ;; esac
 done
@@ -25,7 +37,7 @@ setting() {  # setting NAME DEMO PAPER: the value of NAME, where it is not set
 }
 #       name             on the demo                     on other data: the paper's
 setting ARCHS           "resnet18 deit_tiny"            "resnet50 deit_small"
-setting INITS           "random dino"                   "random imagenet dino"  # dino: pretrained here, on DATA
+setting INITS           "random dino"                   "random imagenet imagenet-dino dino"  # dino: pretrained here
 setting SEEDS           "0"                             "0 1 2 3 4"
 setting IMAGE_SIZE      64                              224
 setting EPOCHS          5                               50          # of fine-tuning

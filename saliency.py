@@ -188,10 +188,11 @@ def summarise(scores, groups, seed):
 
 
 def mean_with_interval(values, groups, seed):
-    """{"mean", "interval"}: of values (n,), NaN left out, with the 95 % interval over images or groups."""
+    """{"mean", "n", "interval"}: of values (n,), NaN (of images without a lesion) left out and n without them, with the
+    95 % interval over images or groups."""
     def mean(rows):
         return None if np.isnan(values[rows]).all() else float(np.nanmean(values[rows]))
-    return {"mean": mean(slice(None)), "interval": common.bootstrap_interval(mean, len(values), groups, seed)}
+    return {"mean": mean(slice(None)), "n": int((~np.isnan(values)).sum()), "interval": common.bootstrap_interval(mean, len(values), groups, seed)}
 
 
 def lesion(mask, ignore):
@@ -403,7 +404,8 @@ def explain_runs(models, dataset, args, run):
                      **summarise(scores, dataset.groups_of(rows), args.seed)})
     images, captions, outlines = zip(*grid)
     labels = ["image", *(f"{one['arch']}\n{one['init']}\n{one['method']}" for one in runs)]
-    title = f"{dataset.name}: where the models look" + (f" for {args.target}" if args.target else "")
+    looked_for = f" for {args.target}" if args.target else ""
+    title = f"{dataset.name}: where the models look{looked_for}, from red (some) to yellow (most)"
     common.draw_grid(folder / "saliency.png", images, captions, labels, title, outlines)
     finish(folder, dataset, len(rows), runs, args, run, time.time() - begin)
 

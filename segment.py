@@ -30,6 +30,7 @@ from common import Draws, fail, say
 
 CHECK_EVERY = 20  # steps between looks at the loss: a look waits for the device
 SCORES = ["iou", "dice", "iou_set", "dice_set", "hd95"]
+COUNTS = ["n", "hd95_n", "lesions", "found"]  # images, of each class, behind the scores
 YELLOW, BLUE, RED = "#ffdd00", "#2878ff", "#f02828"
 
 
@@ -115,8 +116,8 @@ class SampleDropout(torch.nn.Dropout):
 
 
 class ReachConv(torch.nn.Module):
-    """A 3x3 convolution with padding = dilation nearly as wide as the map or wider: its outer taps see little but
-    padding. The same sums from what each tap does see, as matrix products; a third of the time or less."""
+    """A dilated 3x3 convolution, computed tap by tap and without what lies in the padding. Where the dilation is nearly
+    as wide as the map that is most of it: a third of the time or less."""
 
     def __init__(self, conv):
         super().__init__()
@@ -284,23 +285,30 @@ def overlap(table):
 def class_scores(table):
     """SCORES of one class from its (N, 4) pixels of both, truth and prediction, and HD95. The rule for empty masks: an
     image whose truth and prediction both lack the class is left out of the averages over images; one where a single one
-    of the two lacks it counts 0, and is left out of HD95's. None: not defined."""
-    values = [*overlap(table), *overlap(table[:, :3].sum(0, keepdims=True)), table[:, 3]]
-    return {name: common.mean_defined([v for v in value if not math.isnan(v)]) for name, value in zip(SCORES, values)}
+    of the two lacks it counts 0, and is left out of HD95's. None: not defined. With the images that each average is over,
+    "n" and "hd95_n", and how many have the class, "lesions", and a prediction that meets it, "found"."""
+    iou, dice = overlap(table)
+    values = [iou, dice, *overlap(table[:, :3].sum(0, keepdims=True)), table[:, 3]]
+    scores = {name: common.mean_defined([v for v in value if not math.isnan(v)]) for name, value in zip(SCORES, values)}
+    counts = {"n": np.isfinite(iou), "hd95_n": np.isfinite(table[:, 3]), "lesions": table[:, 1] > 0, "found": table[:, 0] > 0}
+    return {**scores, **{name: int(flags.sum()) for name, flags in counts.items()}}
 
 
-def score_masks(table, classes, headline, groups=None):
-    """Every score per class and its mean over the foreground, and the headline's 95 % interval over images (or groups).
-    table (N, C, 4) as for class_scores."""
+def score_masks(table, classes):
+    """Every score per class and its mean over the foreground. table (N, C, 4) as for class_scores."""
     each = {name: class_scores(table[:, c]) for c, name in enumerate(classes)}
     mean = {score: common.mean_defined([each[name][score] for name in classes[1:]]) for score in SCORES}
-    column = overlap(table[:, 1:])[SCORES.index(headline)]
+    mean |= {count: sum(each[name][count] for name in classes[1:]) for count in COUNTS}
+    return {**mean, "classes": each, "undefined": [name for name in classes[1:] if each[name]["iou"] is None]}
+
+
+def headline_interval(table, headline, groups):
+    """The 95 % interval of the headline, a mean over the foreground and over images, over images (or groups)."""
+    scores = overlap(table[:, 1:])[SCORES.index(headline)]
 
     def average(rows):
-        values = column[rows]
-        return common.mean_defined([v[~np.isnan(v)].mean() for v in values.T if not np.isnan(v).all()])
-    return {**mean, "classes": each, "undefined": [name for name in classes[1:] if each[name]["iou"] is None],
-            "interval": common.bootstrap_interval(average, len(table), groups)}
+        return common.mean_defined([v[~np.isnan(v)].mean() for v in scores[rows].T if not np.isnan(v).all()])
+    return common.bootstrap_interval(average, len(table), groups)
 
 
 def count_pixels(truth, predicted, classes, ignore):
@@ -384,7 +392,7 @@ def score_annotators(dataset, predicted):
         for i in range(len(rows)):
             truth, mask = (torch.from_numpy(masks[i]).long() for masks in (truths, predicted))
             table[i, :, :3] = count_pixels(truth, mask, classes, dataset.ignore)
-        scores[name] = score_masks(table, dataset.mask_classes, dataset.metric, dataset.groups_of(rows))
+        scores[name] = score_masks(table, dataset.mask_classes)
     return scores
 
 
@@ -461,7 +469,7 @@ def fit(model, dataset, args, run, folder, pretrained_on):
         loss, speed = train_epoch(wrapped, model.dropout, optimizer, scaler, dataset, args, run, epoch,
                                   rates[epoch * per_epoch:])
         table, losses = evaluate(model, dataset, dataset.rows["val"], args, run)
-        values = {"loss": float(losses.mean()), **score_masks(table, dataset.mask_classes, dataset.metric)}
+        values = {"loss": float(losses.mean()), **score_masks(table, dataset.mask_classes)}
         entry = {"epoch": epoch + 1, "loss": loss, "val": values, "lr": optimizer.param_groups[0]["lr"],
                  "images_per_second": speed, "seconds": time.time() - begin}
         # the backbone in timm's names, the head as classifier.*
@@ -494,8 +502,30 @@ def write_predictions(path, dataset, table):
     common.write_table(path, head, lines)
 
 
+def outline_of(mask, dataset, row, colour):
+    """A mask (S, S) bool as draw_grid outlines it over the picture of its image: (mask (h, w) bool, colour)."""
+    shape = dataset.sizes[row], dataset.fit, 320
+    return common.in_proportion(255 * mask.astype(np.uint8), *shape) > 127, colour
+
+
+def draw_examples(path, dataset, rows, predicted, iou):
+    """The test images of the best, the median and the worst IoU (n,): truth yellow, prediction red."""
+    order = [i for i in np.argsort(-iou) if not math.isnan(iou[i])]
+    if not order:
+        return
+    pictures, outlines, captions = [], [], []
+    for name, i in (("best", order[0]), ("median", order[len(order) // 2]), ("worst", order[-1])):
+        row = rows[i]
+        mask = torch.from_numpy(dataset.masks[row])
+        truth = ((mask > 0) & known_pixels(mask, dataset.ignore)).numpy()
+        pictures.append(common.in_proportion(dataset.images[row], dataset.sizes[row], dataset.fit, 320))
+        outlines.append([outline_of(truth, dataset, row, YELLOW), outline_of(predicted[i] > 0, dataset, row, RED)])
+        captions.append(f"{name}: {Path(dataset.paths[row]).name[-24:]}\nIoU {iou[i]:.3f}")
+    common.draw_grid(path, [pictures], [captions], None, f"{dataset.name}, test: truth yellow, prediction red", [outlines], 2)
+
+
 def finish(dataset, args, run, folder, log, pretrained_on):
-    """Test the best epoch once; write test_masks/, predictions.csv, curves.png and, last, metrics.json."""
+    """Test the best epoch once; write test_masks/, predictions.csv, the pictures and, last, metrics.json."""
     model = common.to_device(load_segmenter(folder / "model.pt")[0], run)
     rows = dataset.rows["test"]
     table, losses = evaluate(model, dataset, rows, args, run, folder / "test_masks")
@@ -504,9 +534,12 @@ def finish(dataset, args, run, folder, log, pretrained_on):
         return
     predicted = read_masks(folder / "test_masks", rows, len(dataset.mask_classes))
     test = {"loss": float(losses.mean()),
-            **score_masks(table, dataset.mask_classes, dataset.metric, dataset.groups_of(rows)),
+            **score_masks(table, dataset.mask_classes),
+            "interval": headline_interval(table, dataset.metric, dataset.groups_of(rows)),
             "constant_iou": constant_score(dataset, run.device), "annotators": score_annotators(dataset, predicted)}
     write_predictions(folder / "predictions.csv", dataset, table)
+    iou = np.ma.masked_invalid(overlap(table[:, 1:])[0]).mean(1).filled(math.nan)
+    draw_examples(folder / "examples.png", dataset, rows, predicted, iou)
     epochs = [entry["epoch"] for entry in log]
     common.draw_curves(folder / "curves.png", "epoch", [
         ("loss", args.loss, {"train": (epochs, [entry["loss"] for entry in log]),
@@ -516,13 +549,14 @@ def finish(dataset, args, run, folder, log, pretrained_on):
     best = max(log, key=lambda entry: entry["score"])
     show = common.show
     lines = {**test["classes"], "mean of foreground": test}
-    common.print_table(["test", *SCORES], [[name, *(show(line[score]) for score in SCORES)] for name, line in lines.items()])
+    common.print_table(["test", *SCORES, *COUNTS], [
+        [name, *(show(line[score]) for score in SCORES), *(line[count] for count in COUNTS)] for name, line in lines.items()])
     if test["annotators"]:
         lines = [[name, show(line["iou"]), show(line["dice"])] for name, line in test["annotators"].items()]
         common.print_table(["against", "iou", "dice"], lines)
     headline = f"{dataset.metric} {show(test[dataset.metric])}"
     say(f"best epoch {best['epoch']} of {args.epochs}, {len(rows)} test images, {headline} "
-        f"({common.interval_text(test['interval'])}); the best constant mask has IoU {show(test['constant_iou'])}")
+        f"({common.interval_text(test)}); the best constant mask has IoU {show(test['constant_iou'])}")
     if test["undefined"]:
         say(f"neither in the test split nor predicted, left out of the averages: {', '.join(test['undefined'])}")
     common.write_metrics(
@@ -536,17 +570,18 @@ def finish(dataset, args, run, folder, log, pretrained_on):
 
 def mask_files(source, names):
     """Where the masks of images go: their paths below the source, with .png for their suffix; no two the same."""
-    files = {}
+    files, names_of = [], {}
     for name in names:
         path = Path(name)
         named = path.suffix[1:].isdigit()  # as DICOM files are: 1.2.840.1 has no suffix
         file = f"{name}.png" if named else path.with_suffix(".png").as_posix()
         if path.is_absolute() or ".." in path.parts:
             fail(f"--predict {source}: {name} is not below its folder, so that its mask has no place below masks/")
-        if file in files:
-            fail(f"--predict {source}: {files[file]} and {name} would share the mask {file}; rename one")
-        files[file] = name
-    return list(files)
+        twin = names_of.setdefault(file.casefold(), name)  # some file systems take a.png and A.png for one
+        if twin != name:
+            fail(f"--predict {source}: {twin} and {name} would share the mask {file}; rename one")
+        files.append(file)
+    return files
 
 
 @torch.inference_mode()
@@ -587,8 +622,6 @@ def predict(args, run):
     folder = common.predictions_folder(args)
     masks, partial = folder / "masks", folder / "masks.partial"
     model, meta = load_segmenter(args.init)
-    if masks.exists() and not args.overwrite:
-        fail(f"{masks} is there already; give another --output, or --overwrite to replace it")
     with common.prepared_new(args.predict, folder, meta, args.skip_broken) as dataset:
         files = mask_files(args.predict, dataset.paths)
         if run.rank == 0:
@@ -730,11 +763,11 @@ def compare(args, run):
     for i in dict.fromkeys([*order[:2], *order[max(0, middle - 1):middle + 1], *order[-2:]]):
         size = dataset.sizes[rows[i]]
         picture = common.in_proportion(dataset.images[rows[i]], size, dataset.fit, 320)
-        truth, a, b = (common.in_proportion(255 * mask.numpy().astype(np.uint8), size, dataset.fit, 320) > 127
-                       for mask in (truths[i], predictions[0][i], predictions[1][i]))
+        truth = outline_of(truths[i].numpy(), dataset, rows[i], YELLOW)
+        a = outline_of(predictions[0][i].numpy(), dataset, rows[i], BLUE)
+        b = outline_of(predictions[1][i].numpy(), dataset, rows[i], RED)
         pictures.append([picture] * 4)
-        outlines.append([[], [(truth, YELLOW), (a, BLUE)], [(truth, YELLOW), (b, RED)],
-                         [(truth, YELLOW), (a, BLUE), (b, RED)]])
+        outlines.append([[], [truth, a], [truth, b], [truth, a, b]])
         captions.append([Path(dataset.paths[rows[i]]).name, (f"{names[0]}  IoU {iou[0, i]:.3f}", BLUE),
                          (f"{names[1]}  IoU {iou[1, i]:.3f}", RED), f"difference {iou[0, i] - iou[1, i]:+.3f}"])
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -743,7 +776,7 @@ def compare(args, run):
 
     pairs = regions_by_distance(dataset, rows, truths, predictions)
     draw_regions(output.with_suffix(".regions.png"), pairs, names)
-    mean_iou = np.nanmean(iou, 1).tolist()
+    mean_iou = iou[:, order].mean(1).tolist()  # over the images on which both are defined
     means = {name: np.mean(found, 0).tolist() if found else [None, None] for name, found in pairs.items()}
     common.write_json(output.with_suffix(".json"), {
         "runs": args.compare, "names": names, "iou": mean_iou,
@@ -770,7 +803,7 @@ def main():
     model, pretrained_on = build_segmenter(args.arch, args.init, args.image_size, args.output_stride,
                                            len(dataset.mask_classes), args.seed, args.init_key)
     model = common.to_device(model, run)
-    folder = common.open_run(args, run, dataset, ["curves.png"])
+    folder = common.open_run(args, run, dataset, ["curves.png", "examples.png"])
     log = fit(model, dataset, args, run, folder, pretrained_on)
     finish(dataset, args, run, folder, log, pretrained_on)
 

@@ -1,32 +1,26 @@
 """What each stage takes on this machine, beside what a user would write or install instead.
 
     python tests/bench.py                        # the tables of BENCHMARKS.md
-    python tests/bench.py --quick                # a quarter of the images and of the batch, two rounds
-    python tests/bench.py --stage knn --json bench.json
+    python tests/bench.py --quick                # a quarter of the images and of the batch
+    python tests/bench.py --stage knn open --json bench.json
 
 Each side of a case lives in a process of its own, which gives its peak memory (without a DataLoader's workers; on CUDA
-what PyTorch held there). The sides take turns; a figure is the median of its rounds, and the ratio is that of the
-medians. The data path is included. The plain sides are as a user would first write them: fp32, PyTorch's defaults, PIL
-and torchvision's transforms in worker processes; or they are scikit-learn. "share of peak" is that of a large matrix
-product measured here, in the same precision; the products in a CPU's fused attention are not counted.
+what PyTorch held there). After a pass to warm up the sides take turns; a figure is the median of the rounds, the ratio
+that of the medians. The data path is included. The plain sides are as a user would first write them: fp32, PyTorch's
+defaults, ImageFolder and torchvision's transforms in worker processes; or scikit-learn. Progress goes to stderr.
 """
 import argparse
+import copy
 import csv
-import json
-import math
 import multiprocessing
 import os
-import platform
 import resource
-import statistics
 import sys
 import tempfile
 import time
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
-from itertools import count as numbers
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import sklearn.neighbors
@@ -36,7 +30,6 @@ import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.v2 as T
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import attn_distance  # noqa: E402
@@ -50,76 +43,39 @@ import segment  # noqa: E402
 
 SIDE = 224
 WORKERS = min(16, os.cpu_count() or 1)
+FLIPS = [T.RandomHorizontalFlip(), T.RandomVerticalFlip()]
 JITTER = T.RandomApply([T.ColorJitter(0.2, 0.2, 0.1, 0.1)], 0.8)
-NORMALIZE = [T.ToImage(), T.ToDtype(torch.float32, scale=True), T.Normalize([0.5] * 3, [0.25] * 3)]
+# ToDtype(torch.float32) would change masks, too
+TO_FLOAT = T.ToDtype({torchvision.tv_tensors.Image: torch.float32, "others": None}, scale=True)
+NORMALIZE = [T.ToImage(), TO_FLOAT, T.Normalize([0.5] * 3, [0.25] * 3)]
 CENTRE = T.Compose([T.Resize(256), T.CenterCrop(SIDE), *NORMALIZE])
 
 
-# ---------------------------------------------------------------- files -------------------------------------
-
-def smooth_noise(rng, height, width):
-    """A picture that compresses as a photograph does."""
-    small = Image.fromarray(rng.integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8))
-    return small.resize((width, height), Image.Resampling.BICUBIC)
-
+# ---------------------------------------------------------------- data, and what the sides share ------------
 
 def write_photographs(folder, count):
-    """JPEG files of 400x300 in images/, a disc each in masks/, four classes in labels.csv; and all that prepared."""
-    rng = np.random.default_rng(0)
-    y, x = np.mgrid[:300, :400]
-    (folder / "images").mkdir()
-    (folder / "masks").mkdir()
+    """photographs/train/CLASS/*.jpg of 360x360, a mask as *_mask.png beside each; and all of them prepared."""
     for i in range(count):
-        smooth_noise(rng, 300, 400).save(folder / "images" / f"{i}.jpg", quality=90)
-        disc = np.hypot(y - rng.integers(300), x - rng.integers(400)) < rng.integers(20, 120)
-        Image.fromarray(255 * disc.astype(np.uint8)).save(folder / "masks" / f"{i}.png")
-    common.write_table(folder / "labels.csv", ["image", "label"], [[f"{i}.jpg", "abcd"[i % 4]] for i in range(count)])
-    run_prepare(folder, folder / "prepared", WORKERS)
+        path = folder / "photographs" / "train" / "abcd"[i % 4] / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels, mask = prepare.draw_lesion(i, 360)
+        Image.fromarray(pixels).save(path, quality=90)
+        Image.fromarray(255 * mask.astype(np.uint8)).save(path.with_name(f"{i}_mask.png"))
+    prepare.main([str(folder / "photographs"), "--output", str(folder / "prepared")])
 
 
-def run_prepare(source, output, workers):
-    """prepare.py, all images for training."""
-    with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null):
-        prepare.main([str(source), "--output", str(output), "--workers", str(workers), "--split", "1", "0", "0",
-                      "--overwrite"])
-
-
-def write_many_rows(folder, count):
-    """A prepared folder as of CheXpert: grey images of 256x256, 14 labels, patients. Its images.npy is sparse."""
-    rng = np.random.default_rng(0)
-    names = [f"label {i}" for i in range(14)]
+def write_table(folder, count):
+    """A prepared folder like CheXpert's: grey images, 14 labels, patients, sizes. Its images.npy is sparse."""
     folder.mkdir()
     with open(folder / "images.npy", "wb") as out:
         out.write(prepare.npy_header(count, 256, 256, 1))
         out.truncate(out.tell() + count * 256 * 256)
-    rows = []
-    for i, labels in enumerate((rng.random((count, 14)) < 0.2).astype(int).tolist()):
-        patient = f"patient{i // 3:05d}"
-        split = ("train", "val", "test")[max(0, i % 10 - 7)]
-        rows.append([f"{patient}/view{i % 3}.jpg", split, patient, 320, 390, *labels])
+    names = [f"label {i}" for i in range(14)]
+    labels = (np.random.default_rng(0).random((count, 14)) < 0.2).astype(int).tolist()
+    rows = [[f"{i // 3:05d}/view{i % 3}.jpg", "train", f"{i // 3:05d}", 320, 390, *labels[i]] for i in range(count)]
     common.write_table(folder / "labels.csv", ["image", "split", "group", "height", "width", *names], rows)
     common.write_json(folder / "dataset.json", {"classes": names, "mean": [0.5] * 3, "std": [0.25] * 3})
 
-
-def repeat_photographs(folder, into, count):
-    """images/ and masks/ of `count` photographs: links to the few that there are."""
-    for name in ("images", "masks"):
-        files = sorted((folder / name).iterdir())
-        (into / name).mkdir(parents=True)
-        for i in range(count):
-            file = files[i % len(files)]
-            os.link(file, into / name / f"{i}{file.suffix}")
-
-
-def photographs(folder, count):
-    """`count` paths, the files of images/ over and over."""
-    files = sorted((folder / "images").iterdir())
-    return [files[i % len(files)] for i in range(count)]
-
-
-# ---------------------------------------------------------------- what the sides share ----------------------
-# A side is a generator: what comes before its loop is not timed, then each `next` is a pass, which yields how much
-# it did. A stage's two sides take the same: the folder with the files, the device, and the options of a case.
 
 def start_stage(stage, folder, device, count, *flags):
     """(arguments, run, dataset with `count` training images) of a stage, as its command line would give them."""
@@ -131,230 +87,329 @@ def start_stage(stage, folder, device, count, *flags):
     return args, run, dataset
 
 
-def our_model(arch, num_classes, run):
-    """A classifier, or a backbone where num_classes is 0, as the stages build it."""
-    model, _ = common.build_model(arch, "random", SIDE, num_classes)
-    return common.to_device(model, run)
+def image_and_mask(path):
+    """What a segmentation's dataset reads."""
+    mask = np.array(Image.open(path.replace(".jpg", "_mask.png"))) // 255
+    return Image.open(path).convert("RGB"), torchvision.tv_tensors.Mask(mask)
 
 
-class Files(torch.utils.data.Dataset):
-    """A user's own dataset: image files, each with its class or, transformed together, its mask."""
-
-    def __init__(self, paths, transform, masks):
-        self.paths, self.transform, self.masks = paths, transform, masks
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, i):
-        path = self.paths[i]
-        image = Image.open(path).convert("RGB")
-        if not self.masks:
-            return self.transform(image), i % 4
-        mask = Image.open(path.parent.parent / "masks" / f"{path.stem}.png")
-        return self.transform(image, torchvision.tv_tensors.Mask(np.array(mask) // 255))
+def plain_loader(folder, transform, batch, count, workers=WORKERS, **options):
+    """`count` photographs in batches, decoded and transformed by worker processes."""
+    files = torchvision.datasets.ImageFolder(
+        folder / "photographs" / "train", transform, is_valid_file=lambda path: path.endswith(".jpg"), **options)
+    sampler = torch.utils.data.RandomSampler(files, num_samples=count)
+    pin = torch.cuda.is_available()
+    return torch.utils.data.DataLoader(files, batch, sampler=sampler, num_workers=workers, pin_memory=pin)
 
 
-def plain_loader(paths, transform, batch, masks=False, workers=WORKERS):
-    """A DataLoader that decodes and transforms files in worker processes."""
-    files = Files(paths, transform, masks)
-    return torch.utils.data.DataLoader(files, batch, shuffle=True, num_workers=workers,
-                                       pin_memory=torch.cuda.is_available())
+def plain_pass(function, loader, device):
+    """A loop over images."""
+    for images, _ in loader:
+        function(images.to(device))
 
 
-def plain_step(loss, model, optimizer):
-    """One step of a plain training loop."""
-    optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
+def plain_epoch(model, optimizer, loader, loss_of):
+    """A training loop."""
+    for images, labels in loader:
+        loss = loss_of(images, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
 
 
-# ---------------------------------------------------------------- the stages, ours and plain ----------------
+# ---------------------------------------------------------------- the stages --------------------------------
+# STAGE_ours and STAGE_plain set up and return a function that does one pass. Both take the folder with the data, the
+# device, and the options of a case, of which `count` is how much a pass does.
 
 def finetune_ours(folder, device, arch, count, batch):
-    """Epochs of finetune.py."""
     args, run, dataset = start_stage(finetune, folder, device, count, "--batch-size", batch)
-    model = our_model(arch, 4, run)
+    model = common.to_device(common.create(arch, 4, SIDE), run)
     optimizer, scaler, _, _ = common.start_training(model, args, run, folder)
     rates = np.full(count // batch, args.lr)
-    for epoch in numbers():
-        finetune.train_epoch(model, optimizer, scaler, dataset, args, run, epoch, rates)
-        yield count
+    return partial(finetune.train_epoch, model, optimizer, scaler, dataset, args, run, 0, rates)
 
 
 def finetune_plain(folder, device, arch, count, batch):
-    """A training loop."""
-    model = timm.create_model(common.ARCHS[arch], num_classes=4).to(device).train()
+    model = timm.create_model(common.ARCHS[arch], num_classes=4).to(device)
     optimizer = torch.optim.Adam(model.parameters(), 1e-4, weight_decay=1e-5)
-    view = T.Compose([T.RandomResizedCrop(SIDE, (0.8, 1)), T.RandomHorizontalFlip(), T.RandomVerticalFlip(), JITTER,
-                      *NORMALIZE])
-    while True:
-        for images, labels in plain_loader(photographs(folder, count), view, batch):
-            loss = F.cross_entropy(model(images.to(device)), labels.to(device))
-            plain_step(loss, model, optimizer)
-        yield count
+    view = T.Compose([T.RandomResizedCrop(SIDE, (0.8, 1)), *FLIPS, JITTER, *NORMALIZE])
+
+    def loss_of(images, labels):
+        return F.cross_entropy(model(images.to(device)), labels.to(device))
+    return partial(plain_epoch, model, optimizer, plain_loader(folder, view, batch, count), loss_of)
 
 
 def features_ours(folder, device, arch, count, batch):
-    """Frozen features, as knn_eval.py extracts them."""
-    args, run, dataset = start_stage(knn_eval, folder, device, count)
-    model = our_model(arch, 0, run).eval()
-    while True:
-        common.extract(model, dataset, dataset.rows["train"], SIDE, run, args.pool, batch)
-        yield count
+    _, run, dataset = start_stage(knn_eval, folder, device, count)
+    model = common.to_device(common.create(arch, 0, SIDE), run).eval()
+    return partial(common.extract, model, dataset, dataset.rows["train"], SIDE, run, batch_size=batch)
 
 
 def features_plain(folder, device, arch, count, batch):
-    """A loop without gradients."""
-    torch.set_grad_enabled(False)
-    model = timm.create_model(common.ARCHS[arch], num_classes=0).to(device).eval()
-    while True:
-        loader = plain_loader(photographs(folder, count), CENTRE, batch)
-        torch.cat([model(images.to(device)).cpu() for images, _ in loader])
-        yield count
+    model = timm.create_model(common.ARCHS[arch], num_classes=0).to(device).eval().requires_grad_(False)
+    return partial(plain_pass, model, plain_loader(folder, CENTRE, batch, count), device)
 
 
-def unit_features(count, seed):
-    """(count, 384) float32 of length 1."""
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(count, 384, generator=generator), dim=1)
-
-
-def knn_ours(folder, device, train, queries):
-    """The vote of 200 neighbours by knn_eval.py, kept for the other side to compare."""
-    _, run, _ = start_stage(knn_eval, folder, device, 1)
+def knn_ours(folder, device, train, count):
+    start_stage(knn_eval, folder, device, 1)
     torch.backends.cuda.matmul.allow_tf32 = False  # as knn_eval.py has it
-    keys = unit_features(train, 0).to(run.device)
-    labels = F.one_hot(torch.arange(train) % 2).float().to(run.device)
-    while True:
-        shares = knn_eval.vote(keys, labels, unit_features(queries, 1).to(run.device), [200], 0.07)[200]
-        np.save(folder / "shares.npy", shares.numpy())
-        yield queries
+    features = F.normalize(torch.randn(train + count, 384), dim=1).to(device)
+    labels = torch.eye(2, device=device)[torch.arange(train) % 2]
+    return partial(knn_eval.vote, features[:train], labels, features[train:], [200], 0.07)
 
 
-def knn_plain(folder, device, train, queries):
-    """scikit-learn, by brute force; on the CPU, as it is always."""
+def knn_plain(folder, device, train, count):  # scikit-learn has it on the CPU alone
+    features = F.normalize(torch.randn(train + count, 384), dim=1).numpy()
+    labels = np.eye(2)[np.arange(train) % 2]
     search = sklearn.neighbors.NearestNeighbors(n_neighbors=200, metric="cosine", algorithm="brute")
-    search.fit(unit_features(train, 0).numpy())
-    labels = np.eye(2, dtype=np.float32)[np.arange(train) % 2]
-    while True:
-        distance, index = search.kneighbors(unit_features(queries, 1).numpy())
+    search.fit(features[:train])
+
+    def one_pass():
+        distance, index = search.kneighbors(features[train:])
         weights = np.exp((1 - distance) / 0.07)[:, :, None]
-        shares = (weights * labels[index]).sum(1) / weights.sum(1)
-        # neighbours 200 and 201 may be equal to the last digit of fp32 and change places: one vote of 200
-        differ = np.abs(shares - np.load(folder / "shares.npy")).max(1)
-        assert differ.max() < 0.01 and (differ > 1e-4).mean() < 0.005, f"the votes differ by {differ.max():.2g}"
-        yield queries
+        return (weights * labels[index]).sum(1) / weights.sum(1)
+    return one_pass
 
 
 def dino_ours(folder, device, arch, count, batch, crops, outputs):
-    """Epochs of pretrain_dino.py."""
-    args, run, dataset = start_stage(pretrain_dino, folder, device, count, "--arch", arch, "--recipe", "paper",
-                                     "--batch-size", batch, "--local-crops", crops, "--out-dim", outputs)
+    flags = ["--arch", arch, "--batch-size", batch, "--local-crops", crops, "--out-dim", outputs, "--recipe", "paper"]
+    args, run, dataset = start_stage(pretrain_dino, folder, device, count, *flags)
     pretrain_dino.apply_recipe(args, count, run)
     student, teacher, _ = pretrain_dino.build(args, run)
     optimizer = torch.optim.AdamW(pretrain_dino.parameter_groups(student), fused=True)
     scaler = torch.amp.GradScaler(device, enabled=run.amp == "fp16")
     plan = pretrain_dino.schedules(args, count // batch)
-    for epoch in numbers(args.freeze_last_layer):  # before, the last layer stands still
-        pretrain_dino.train_epoch(student, student, teacher, optimizer, scaler, dataset, args, run, epoch, plan)
-        yield count
+    # epoch 1, as in epoch 0 the last layer is frozen
+    return partial(pretrain_dino.train_epoch, student, student, teacher, optimizer, scaler, dataset, args, run, 1, plan)
 
 
-class PlainViews:
-    """DINO's views of an image, one after the other."""
-
-    def __init__(self, crops):
-        small = self.view(96, (0.05, 0.4), 0.5, 0.0)
-        self.views = [self.view(SIDE, (0.4, 1), 1.0, 0.0), self.view(SIDE, (0.4, 1), 0.1, 0.2), *[small] * crops]
-
-    def view(self, side, scale, blur, solarize):
-        """The transform of one view; blur, solarize: probabilities."""
-        return T.Compose([
-            T.RandomResizedCrop(side, scale, interpolation=T.InterpolationMode.BICUBIC), T.RandomHorizontalFlip(),
-            T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8), T.RandomGrayscale(0.2),
-            T.RandomApply([T.GaussianBlur(23, (0.1, 2.0))], blur), T.RandomSolarize(128, solarize), *NORMALIZE])
-
-    def __call__(self, image):
-        return [view(image) for view in self.views]
-
-
-class PlainDino(torch.nn.Module):
-    """A backbone with DINO's head."""
-
-    def __init__(self, arch, outputs):
-        super().__init__()
-        self.backbone = timm.create_model(common.ARCHS[arch], num_classes=0, dynamic_img_size=True)
-        self.mlp = torch.nn.Sequential(
-            torch.nn.Linear(self.backbone.num_features, 2048), torch.nn.GELU(), torch.nn.Linear(2048, 2048),
-            torch.nn.GELU(), torch.nn.Linear(2048, 256))
-        self.last = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(256, outputs, bias=False))
-
-    def forward(self, images):
-        return self.last(F.normalize(self.mlp(self.backbone(images)), dim=-1))
-
-
-def plain_dino_loss(student, teacher, centre):
-    """Mean cross-entropy of all pairs of different views; lists of logits (B, outputs)."""
-    losses = []
-    for i, large in enumerate(teacher):
-        target = F.softmax((large - centre) / 0.04, dim=-1)
-        for j, view in enumerate(student):
-            if i != j:
-                losses.append(-(target * F.log_softmax(view / 0.1, dim=-1)).sum(-1).mean())
-    return sum(losses) / len(losses)
+def dino_views(crops, image):
+    """DINO's views of an image, two large, the others small; blur, solarize: probabilities."""
+    views = [(SIDE, (0.4, 1), 1.0, 0.0), (SIDE, (0.4, 1), 0.1, 0.2), *[(96, (0.05, 0.4), 0.5, 0.0)] * crops]
+    return [T.Compose([
+        T.RandomResizedCrop(side, scale, interpolation=T.InterpolationMode.BICUBIC), T.RandomHorizontalFlip(),
+        T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8), T.RandomGrayscale(0.2),
+        T.RandomApply([T.GaussianBlur(23, (0.1, 2.0))], blur), T.RandomSolarize(128, solarize),
+        *NORMALIZE])(image) for side, scale, blur, solarize in views]
 
 
 def dino_plain(folder, device, arch, count, batch, crops, outputs):
-    """A training loop with a teacher."""
-    student = PlainDino(arch, outputs).to(device)
-    teacher = PlainDino(arch, outputs).to(device).requires_grad_(False)
-    teacher.load_state_dict(student.state_dict())
-    optimizer = torch.optim.AdamW(student.parameters(), 1e-5, weight_decay=0.04)
+    backbone = timm.create_model(common.ARCHS[arch], num_classes=0, dynamic_img_size=True)
+    last = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(256, outputs, bias=False))
+    student = torch.nn.Sequential(  # a LayerNorm does the work of the head's L2 norm
+        backbone, torch.nn.Linear(backbone.num_features, 2048), torch.nn.GELU(), torch.nn.Linear(2048, 2048),
+        torch.nn.GELU(), torch.nn.Linear(2048, 256), torch.nn.LayerNorm(256), last).to(device)
+    teacher = copy.deepcopy(student)
     centre = torch.zeros(outputs, device=device)
-    while True:
-        for views, _ in plain_loader(photographs(folder, count), PlainViews(crops), batch):
-            large = torch.cat(views[:2]).to(device)
-            small = torch.cat(views[2:]).to(device)
-            target = teacher(large)
-            output = [*student(large).chunk(2), *student(small).chunk(crops)]
-            loss = plain_dino_loss(output, target.chunk(2), centre)
-            centre = 0.9 * centre + 0.1 * target.mean(0)
-            plain_step(loss, student, optimizer)
-            with torch.no_grad():
-                for old, new in zip(teacher.parameters(), student.parameters()):
-                    old.mul_(0.996).add_(new, alpha=0.004)
-        yield count
+    optimizer = torch.optim.AdamW(student.parameters(), 1e-5, weight_decay=0.04)
+
+    def loss_of(images, labels):
+        large = torch.cat(images[:2]).to(device)
+        small = torch.cat(images[2:]).to(device)
+        with torch.no_grad():
+            for old, new in zip(teacher.parameters(), student.parameters()):
+                old.lerp_(new, 0.004)
+            logits = teacher(large)
+            targets = ((logits - centre) / 0.04).softmax(-1).chunk(2)
+            centre.lerp_(logits.mean(0), 0.1)
+        answers = [*(student(large) / 0.1).chunk(2), *(student(small) / 0.1).chunk(crops)]
+        pairs = [(answer, target) for i, target in enumerate(targets) for j, answer in enumerate(answers) if i != j]
+        return sum(F.cross_entropy(answer, target) for answer, target in pairs) / len(pairs)
+    loader = plain_loader(folder, partial(dino_views, crops), batch, count)
+    return partial(plain_epoch, student, optimizer, loader, loss_of)
 
 
 def segment_ours(folder, device, arch, count, batch):
-    """Epochs of segment.py."""
     args, run, dataset = start_stage(segment, folder, device, count, "--batch-size", batch)
     model, _ = segment.build_segmenter(arch, "random", SIDE, args.output_stride, 2)
     model = common.to_device(model, run)
     optimizer, scaler, _, _ = common.start_training(model, args, run, folder)
     rates = np.full(count // batch, args.lr)
-    for epoch in numbers():
-        segment.train_epoch(model, model.dropout, optimizer, scaler, dataset, args, run, epoch, rates)
-        yield count
+    return partial(segment.train_epoch, model, model.dropout, optimizer, scaler, dataset, args, run, 0, rates)
 
 
-def segment_plain(folder, device, arch, count, batch):
-    """A training loop on torchvision's DeepLabv3-ResNet50, whatever the architecture of ours."""
-    build = torchvision.models.segmentation.deeplabv3_resnet50
-    model = build(weights=None, weights_backbone=None, num_classes=2).to(device).train()
+def segment_plain(folder, device, arch, count, batch):  # torchvision has it on ResNets alone
+    model = torchvision.models.segmentation.deeplabv3_resnet50(weights_backbone=None, num_classes=2).to(device)
     optimizer = torch.optim.Adam(model.parameters(), 1e-4)
-    # NORMALIZE would scale the masks, too
-    image_alone = T.ToDtype({torchvision.tv_tensors.Image: torch.float32, "others": None}, scale=True)
-    view = T.Compose([T.RandomResizedCrop(SIDE, (0.5, 1)), T.RandomHorizontalFlip(), T.RandomVerticalFlip(), JITTER,
-                      T.ToImage(), image_alone, NORMALIZE[2]])
-    while True:
-        for images, masks in plain_loader(photographs(folder, count), view, batch, masks=True):
-            logits = model(images.to(device))["out"]
-            truth = masks.long().to(device)
-            lesion = logits.softmax(1)[:, 1]
-            dice = (2 * (lesion * truth).sum((1, 2)) + 1) / ((lesion + truth).sum((1, 2)) + 1)
-            loss = F.cross_entropy(logits, truth) + (1 - dice).mean()
-            plain_step(loss, model, optimizer)
-        yield count
+    view = T.Compose([T.RandomResizedCrop(SIDE, (0.5, 1)), *FLIPS, JITTER, *NORMALIZE])
+
+    def loss_of(pair, labels):
+        return F.cross_entropy(model(pair[0].to(device))["out"], pair[1].long().to(device))
+    loader = plain_loader(folder, view, batch, count, loader=image_and_mask)
+    return partial(plain_epoch, model, optimizer, loader, loss_of)
+
+
+def attention_ours(folder, device, arch, count, batch):
+    args, run, dataset = start_stage(attn_distance, folder, device, count, "--batch-size", batch)
+    timm.layers.set_fused_attn(False)
+    model = common.to_device(common.create(arch, 0, SIDE), run).eval()
+    read = common.attention_reader(model)
+    return partial(attn_distance.measure, model, read, dataset, dataset.rows["train"], SIDE, args, run)
+
+
+def attention_plain(folder, device, arch, count, batch):  # an image at a time, a loop over blocks and heads
+    timm.layers.set_fused_attn(False)
+    model = timm.create_model(common.ARCHS[arch], num_classes=0).to(device).eval().requires_grad_(False)
+    read = timm.utils.AttentionExtract(model, method="hook")
+    places = 16.0 * torch.cartesian_prod(torch.arange(14), torch.arange(14))
+    distances = torch.cdist(places, places).to(device)
+
+    def measure_heads(image):
+        for block in read(image).values():
+            for attention in block[0, :, 1:, 1:]:
+                shares = attention / attention.sum(1, keepdim=True)
+                (shares * distances).sum(1).mean().item()
+    return partial(plain_pass, measure_heads, plain_loader(folder, CENTRE, 1, count), device)
+
+
+def saliency_ours(folder, device, arch, count, batch):
+    _, run, dataset = start_stage(knn_eval, folder, device, count)
+    model = common.to_device(common.create(arch, 4, SIDE), run).eval()
+    batches = common.shards(dataset.rows["train"], run, batch)
+
+    def one_pass():
+        for images in common.load_batches(dataset.images, batches, run.device):
+            view = common.eval_view(images, SIDE, dataset.mean, dataset.std)
+            saliency.grad_cam(model, view, None, "classes")[0].cpu()
+    return one_pass
+
+
+def saliency_plain(folder, device, arch, count, batch):  # an image at a time
+    model = timm.create_model(common.ARCHS[arch], num_classes=4).to(device).eval()
+
+    def explain(image):
+        features = model.forward_features(image)
+        score = model.forward_head(features).max()
+        gradient, = torch.autograd.grad(score, features)
+        (gradient.mean((2, 3), keepdim=True) * features).sum(1).relu().cpu()
+    return partial(plain_pass, explain, plain_loader(folder, CENTRE, 1, count), device)
+
+
+def loader_ours(folder, device, count, batch):
+    _, run, dataset = start_stage(knn_eval, folder, device, count)
+    batches = common.shards(dataset.rows["train"], run, batch)
+    return lambda: sum(map(len, common.load_batches(dataset.images, batches, run.device)))
+
+
+def loader_plain(folder, device, count, batch, workers=WORKERS):
+    view = T.Compose([T.Resize((256, 256)), T.ToImage()])
+    return partial(plain_pass, torch.nn.Identity(), plain_loader(folder, view, batch, count, workers), device)
+
+
+def prepare_ours(folder, device, count, batch, workers):
+    flags = ["--output", str(folder / f"again{workers}"), "--overwrite", "--workers", str(workers)]
+    return partial(prepare.main, [str(folder / "photographs"), *flags])
+
+
+prepare_plain = loader_plain  # the images alone, without masks, checks and files
+
+
+def open_ours(folder, device, count, rows):
+    write_table(folder / "table", rows)
+    return partial(common.open_dataset, folder / "table")
+
+
+def open_plain(folder, device, count, rows):
+    def one_pass():
+        with open(folder / "table" / "labels.csv") as file:
+            lines = list(csv.DictReader(file))
+        return torch.tensor([[float(line[f"label {i}"]) for i in range(14)] for line in lines])
+    return one_pass
+
+
+# ---------------------------------------------------------------- measuring ---------------------------------
+
+def list_cases(cuda, less):
+    """(stage, name, options) of every case; on CUDA with larger sizes, and all of them divided by `less`."""
+    def sizes(count, batch):
+        return {"count": count * (32 if cuda else 1) // less, "batch": batch * (4 if cuda else 1) // less}
+
+    for stage, what in (("finetune", "training"), ("features", "features")):
+        for arch in ("deit_tiny", "deit_small", "resnet50"):
+            yield stage, f"{arch} {what}", {"arch": arch, **sizes(64, 32)}
+    yield "knn", f"k-NN vote, {262144 // less} x 384", {"train": 262144 // less, "count": 4096 // less}
+    for arch, crops, outputs in (("deit_tiny", 8, 65536), ("deit_small", 8, 65536), ("deit_small", 6, 4096)):
+        name = f"DINO {arch}, 2x224 + {crops}x96, {outputs} outputs"
+        yield "dino", name, {"arch": arch, "crops": crops, "outputs": outputs, **sizes(16, 16)}
+    for arch in ("resnet50", "deit_small"):
+        yield "segment", f"DeepLabv3-{arch} training", {"arch": arch, **sizes(8, 8)}
+    yield "attention", "attention distance, deit_small", {"arch": "deit_small", **sizes(32, 16)}
+    yield "saliency", "Grad-CAM, resnet50", {"arch": "resnet50", **sizes(32, 16)}
+    yield "loader", "reading 256x256, of 360x360 JPEG", {"count": 4096 // less, "batch": 64}
+    for workers in (1, 2):
+        yield "prepare", f"prepare.py, workers: {workers}", {"count": 512 // less, "batch": 8, "workers": workers}
+    yield "open", "opening 224316 rows, 14 labels", {"count": 1, "rows": 224316}
+
+
+def enter(side, folder, device, options):
+    """Set up a side in this process, which is its own, and warm it up."""
+    global one_pass
+    sys.stdout = sys.stderr  # what a stage prints
+    multiprocessing.set_start_method(None, force=True)  # a DataLoader's workers start as Python's default is
+    one_pass = globals()[side](folder, device, **options)
+    one_pass()
+
+
+def timed_pass(device):
+    """(seconds, peak memory so far in GB) of one pass of the side that this process is."""
+    begin = time.perf_counter()
+    one_pass()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter() - begin, torch.cuda.max_memory_allocated() / 1e9
+    unit = 1e9 if sys.platform == "darwin" else 1e6  # bytes there, else kB
+    return time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def measure(stage, options, folder, device, rounds):
+    """({"ours" and "plain": seconds of each round}, {"ours" and "plain": peak memory}), both sides in turns."""
+    context = multiprocessing.get_context("forkserver")  # which imports this file, and so PyTorch, once
+    pools = {side: ProcessPoolExecutor(1, context) for side in ("ours", "plain")}
+    seconds = {"ours": [], "plain": []}
+    memory = {}
+    for side, pool in pools.items():
+        pool.submit(enter, f"{stage}_{side}", folder, device, options).result()
+    for _ in range(rounds):
+        for side, pool in pools.items():
+            elapsed, memory[side] = pool.submit(timed_pass, device).result()
+            seconds[side].append(elapsed)
+    for pool in pools.values():
+        pool.shutdown()
+    return seconds, memory
+
+
+def main():
+    """Measure and print the table, a row a case; keep every round as JSON where asked."""
+    stages = list(dict.fromkeys(stage for stage, _, _ in list_cases(False, 1)))
+    there = ["cpu", "cuda"][:1 + torch.cuda.is_available()]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", nargs="+", choices=stages, default=stages, help="these alone")
+    parser.add_argument("--quick", action="store_true", help="a quarter of the sizes")
+    parser.add_argument("--rounds", type=int, default=3, help="passes a side (default 3)")
+    parser.add_argument("--json", help="write every round to this file")
+    parser.add_argument("--device", choices=there, default=there[-1], help=f"(default {there[-1]})")
+    options = parser.parse_args()
+    run = common.start(argparse.Namespace(device=options.device, amp="auto"))
+    less = 4 if options.quick else 1
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        write_photographs(Path(folder), 512 // less)
+        print(f"{common.device_name(run.device)}, precision {run.amp}, {common.versions()}\n")
+        print("| | unit | ours | GB | plain | GB | times |\n|---|---|---|---|---|---|---|")
+        for stage, name, sizes in list_cases(options.device == "cuda", less):
+            if stage not in options.stage:
+                continue
+            seconds, memory = measure(stage, sizes, Path(folder), options.device, options.rounds)
+            rows.append({"case": name, "sizes": sizes, "seconds": seconds, "gb": memory})
+            medians = [np.median(seconds[side]) for side in ("ours", "plain")]
+            ours, plain = medians if stage == "open" else [sizes["count"] / median for median in medians]
+            unit = {"open": "s", "knn": "queries/s"}.get(stage, "images/s")
+            print(f"| {name} | {unit} | {ours:.3g} | {memory['ours']:.1f} | {plain:.3g} | {memory['plain']:.1f} "
+                  f"| {medians[1] / medians[0]:.1f} |", flush=True)
+    if options.json:
+        common.write_json(options.json, {"device": common.device_name(run.device), "amp": run.amp, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

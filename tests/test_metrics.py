@@ -71,6 +71,39 @@ def test_what_is_not_defined_is_said():
     assert all_metrics("multilabel", ["a", "b"], labels, scores)["undefined"] == ["b"]
 
 
+@pytest.mark.parametrize("task, classes, counts, ordinal, metric", [
+    ("classes", "ab", [90, 10], False, "roc_auc"), ("classes", "abc", [5, 5, 5], True, "quadratic_kappa"),
+    ("classes", "abc", [51, 25, 24], False, "recall"), ("classes", "abc", [49, 26, 25], False, "accuracy"),
+    ("multilabel", "abc", None, False, "roc_auc"), (None, "", None, False, "iou")])
+def test_the_headline_fits_the_data(task, classes, counts, ordinal, metric):
+    labels = None if counts is None else np.repeat(np.arange(len(counts)), counts)
+    assert common.fitting_metric(task, list(classes), labels, ordinal)[0] == metric
+
+
+def scored(train, labels, scores, metric="accuracy", task="classes"):
+    """score_test of a dataset with these labels of train and test."""
+    labels = np.concatenate([train, labels])
+    rows = {"train": np.arange(len(train)), "test": np.arange(len(train), len(labels))}
+    names = list("abc")[:scores.shape[1]]
+    return common.score_test(SimpleNamespace(rows=rows, labels=labels, task=task, classes=names, metric=metric, ordinal=True,
+                                             groups_of=lambda rows: None), scores)
+
+
+def test_a_model_that_says_one_thing_is_called_that(capsys):
+    """Test has 60 % of the class that is the most frequent in train."""
+    train, test = np.repeat([0, 1], [9, 1]), np.repeat([0, 1], [60, 40])
+    constant = scored(train, test, np.tile([0.3, 0.7], (100, 1)))
+    assert constant["one_class"] == "b" and constant["guess"] == 0.6 and constant["accuracy"] == 0.4
+    assert "predicts 'b' for every test image" in capsys.readouterr().out
+    right = scored(train, test, np.eye(2)[test])
+    assert right["one_class"] is None and right["beats_guess"] and "WARNING" not in capsys.readouterr().out
+    weak = np.eye(2)[np.where(np.arange(100) < 5, 1, 0)]  # 5 of a are called b
+    assert scored(train, test, weak)["beats_guess"] is False and "does not beat" in capsys.readouterr().out
+    assert scored(train, test, weak, "roc_auc")["guess"] == 0.5 and scored(train, test, weak, "quadratic_kappa")["guess"] == 0
+    several = np.stack([test, 1 - test], 1).astype(np.float32)
+    assert scored(several[:30], several, several * 0.8, "roc_auc", "multilabel")["guess"] == 0.5
+
+
 def test_bootstrap_interval_covers_the_truth():
     """95 % intervals of the mean of 100 coin tosses hold 0.5 in 85 to 100 % of 100 repetitions."""
     rng, hits = np.random.default_rng(0), 0

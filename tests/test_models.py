@@ -85,6 +85,29 @@ def test_loading_is_strict(tmp_path, capsys, change, word):
     assert word in capsys.readouterr().err
 
 
+def test_random_resnets_start_as_torchvisions():
+    """The last norm of each block is 1, so that an untrained network's convolutions reach its features."""
+    import torchvision
+    model, _ = common.build_model("resnet50", "random", 64, 0, seed=3)
+    ours, theirs = model.state_dict(), torchvision.models.resnet50().state_dict()
+    norms = [name for name in ours if name.endswith("bn3.weight")]
+    assert len(norms) == 16 and all((ours[name] == 1).all() for name in norms)
+    convolutions = [name for name in ours if "conv" in name]
+    assert len(convolutions) == 49
+    for name in convolutions:
+        assert ours[name].std().item() == pytest.approx(theirs[name].std().item(), rel=0.1), name
+
+
+def test_biases_and_norms_do_not_decay(tmp_path):
+    args = argparse.Namespace(lr=1e-3, weight_decay=0.1)
+    model = common.create("test_resnet", 3, 32)
+    optimizer, _, _, log = common.start_training(model, args, common.Run(0, 1, torch.device("cpu"), "off"), tmp_path)
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] == 0.1 for p in group["params"]}
+    assert log == [] and sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        assert (id(parameter) in decayed) == (parameter.ndim > 1), name
+
+
 def test_features_are_cls_mean_or_pooled():
     model, _ = backbone()
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))

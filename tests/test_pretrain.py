@@ -41,7 +41,7 @@ def test_loss_and_gradient_equal_the_pairwise_version(views):
 
 
 def test_schedules_by_value():
-    args = SimpleNamespace(epochs=100, lr=5e-4, batch_size=512, min_lr=1e-6, warmup_epochs=10,
+    args = SimpleNamespace(epochs=100, lr=5e-4, lr_batch=256, batch_size=512, min_lr=1e-6, warmup_epochs=10, warmup_steps=0,
                            weight_decay=0.04, weight_decay_end=0.4, momentum_teacher=0.99,
                            warmup_teacher_temp=0.04, teacher_temp=0.07, warmup_teacher_epochs=30)
     lr, decay, momentum, temp = dino.schedules(args, 7)
@@ -114,12 +114,12 @@ def tiny_state(out_dim=16, **changes):
         "accumulate": 1, "epochs": 1, "student_temp": 0.1, "global_scale": [0.4, 1], "centering": "mean",
         "local_scale": [0.1, 0.4], "jitter": [0.4, 0.4, 0.2, 0.1], "center_momentum": 0.9,
         "grey": 0.2, "blur": [1.0, 0.1, 0.5], "solarize": 0.2, "koleo": 0.0, "freeze_last_layer": 0,
-        "clip_grad": 3.0, "output": "", **changes})
+        "clip_grad": 3.0, "clip": "all", "output": "", **changes})
     run = common.Run(0, 1, torch.device("cpu"), "off")
     student, teacher, _ = dino.build(args, run)
     images = np.stack([prepare.draw_lesion(i)[0] for i in range(8)])
     dataset = SimpleNamespace(images=images, rows={"train": np.arange(8)}, mean=[0.5] * 3, std=[0.2] * 3)
-    state = SimpleNamespace(student=student, teacher=teacher, optimizer=torch.optim.AdamW(dino.parameter_groups(student)))
+    state = SimpleNamespace(student=student, teacher=teacher, optimizer=torch.optim.AdamW(common.parameter_groups(student)))
     return state, dataset, args, run
 
 
@@ -150,7 +150,7 @@ def test_accumulation_changes_nothing_but_memory():
     for accumulate in (1, 4):
         state, dataset, args, run = tiny_state(accumulate=accumulate, clip_grad=0)
         before = torch.cat([p.detach().flatten() for p in state.student.parameters()])
-        state.optimizer = torch.optim.SGD(dino.parameter_groups(state.student), 0.1)
+        state.optimizer = torch.optim.SGD(common.parameter_groups(state.student), 0.1)
         entry = train(state, dataset, args, run, 0, plan)
         after = torch.cat([p.detach().flatten() for p in state.student.parameters()])
         results.append((entry["loss"], after - before))
@@ -173,7 +173,9 @@ def test_schedules_reach_the_optimizer():
     ({"arch": "test_vit"}, 500, {"recipe": "small", "lr": 1e-3, "koleo": 0.5, "batch_size": 32}),
     ({"arch": "test_resnet"}, 500, {"recipe": "small", "lr": 4e-3, "koleo": 0.2}),
     ({"arch": "test_resnet", "lr": 7e-4, "koleo": 0.0}, 500, {"recipe": "small", "lr": 7e-4, "koleo": 0.0}),
-    ({"arch": "test_vit"}, 20000, {"recipe": "paper", "lr": 5e-4, "koleo": 0.0, "out_dim": 4096}),
+    ({"arch": "test_vit"}, 20000, {"recipe": "paper", "lr": 1e-4, "lr_batch": 0, "koleo": 0.0, "out_dim": 4096}),
+    ({"arch": "test_vit", "recipe": "caron"}, 20000, {"lr": 5e-4, "lr_batch": 256, "batch_size": 1024, "out_dim": 65536,
+                                                      "momentum_teacher": 0.996, "local_crops": 8}),
     ({"arch": "test_vit", "init": "imagenet"}, 500, {"recipe": "paper", "local_crops": 6, "batch_size": 64}),
     ({"arch": "test_vit", "recipe": "paper", "out_dim": 8}, 500, {"recipe": "paper", "out_dim": 8})])
 def test_recipes_yield_to_flags(given, images, expected):
@@ -183,6 +185,80 @@ def test_recipes_yield_to_flags(given, images, expected):
     dino.apply_recipe(args, images, common.Run(0, 1, torch.device("cpu"), "off"))
     assert {name: getattr(args, name) for name in expected} == expected
     assert args.local_size == 16 and args.teacher_temp > 0
+
+
+def settings_of(recipe):
+    """The settings of a recipe for 64 epochs of test_vit on 6,400 images."""
+    args = SimpleNamespace(**{**dict.fromkeys(dino.PAPER), "local_size": None, "arch": "test_vit", "init": "random",
+                              "recipe": recipe, "image_size": 32, "accumulate": 1, "epochs": 64, "min_lr": 1e-6})
+    dino.apply_recipe(args, 6400, common.Run(0, 1, torch.device("cpu"), "off"))
+    return args
+
+
+def test_the_papers_recipe_by_value():
+    """Adam, 1e-4 whatever the batch, 500 steps of warm-up, decay 1e-5 to 0.4, all gradients clipped at norm 1."""
+    args = settings_of("paper")
+    lr, decay, momentum, temp = dino.schedules(args, 100)
+    assert args.optimizer == "adam" and (args.clip, args.clip_grad) == ("all", 1.0)
+    assert lr[0] == 0 and lr[250] == pytest.approx(5e-5) and lr[500] == pytest.approx(1e-4) and len(lr) == 6400
+    assert lr[3450] == pytest.approx((1e-4 + 1e-6) / 2) and lr.max() == pytest.approx(1e-4)
+    assert decay[0] == pytest.approx(1e-5) and decay[3200] == pytest.approx(0.200005)
+    assert decay[-1] == pytest.approx(0.4, abs=1e-5) and momentum[0] == pytest.approx(0.99)
+    assert (temp[0], temp[30]) == (0.04, 0.07) and (args.out_dim, args.local_crops, args.batch_size) == (4096, 6, 64)
+
+
+def test_carons_recipe_by_value():
+    args = settings_of("caron")
+    lr, decay, momentum, _ = dino.schedules(args, 6)
+    assert args.optimizer == "adamw" and (args.clip, args.clip_grad) == ("each", 3.0)
+    assert lr[60] == pytest.approx(5e-4 * 1024 / 256) and lr[30] == pytest.approx(lr[60] / 2)
+    assert decay[0] == pytest.approx(0.04) and momentum[0] == pytest.approx(0.996)
+
+
+@pytest.mark.parametrize("clip, norms", [("all", [0.6, 0.8]), ("each", [1, 1])])
+def test_gradients_are_clipped_together_or_each(clip, norms):
+    """Two tensors with gradients of norm 3 and 4, at most 1: what SGD at a rate of 1 then takes off."""
+    state, dataset, args, run = tiny_state(clip=clip, clip_grad=1.0)
+    plan = [np.array([1.0]), np.array([0.0]), np.array([0.9]), np.array([0.05])]
+    first, second = [torch.nn.Parameter(torch.zeros(1, 1)) for _ in range(2)]
+    for name, parameter, value in (("first", first, 3.0), ("second", second, 4.0)):
+        state.student.register_parameter(name, parameter)
+    for other in state.student.backbone.parameters():
+        other.requires_grad_(False)
+    for other in state.student.head.parameters():
+        other.requires_grad_(False)
+    state.teacher.register_parameter("first", torch.nn.Parameter(torch.zeros(1, 1), False))
+    state.teacher.register_parameter("second", torch.nn.Parameter(torch.zeros(1, 1), False))
+    forward = state.student.forward
+    state.student.forward = lambda *crops: [part + 0 * (first + second).sum() for part in forward(*crops)]
+    first.register_hook(lambda grad: grad + 3)
+    second.register_hook(lambda grad: grad + 4)
+    state.optimizer = torch.optim.SGD([{"params": [first, second]}, {"params": []}], 1.0)
+    train(state, dataset, args, run, 0, plan)
+    assert [-first.item(), -second.item()] == pytest.approx(norms, rel=1e-3)
+
+
+def test_the_best_probe_is_kept():
+    log = [{"epoch": 0, "knn": 0.9}, {"epoch": 1, "knn": 0.5}, {"epoch": 2}, {"epoch": 3, "knn": 0.7},
+           {"epoch": 4, "knn": 0.7}, {"epoch": 5, "knn": 0.6}]
+    assert dino.best_epoch(log, "best") == 3 and dino.best_epoch(log, "last") == 5
+    assert dino.best_epoch(log[:2], "best") == 1 and dino.best_epoch([log[0], log[2]], "best") == 2
+
+
+def test_model_is_the_teacher_of_the_best_probe(folder_data, tmp_path):
+    """Six epochs at a rate that spoils the features: model.pt is that of the epoch that the log says."""
+    args = [*DATA, *FAST, "--arch", "test_vit", "--epochs", "6", "--probe-every", "1", "--lr", "0.5", *TINY]
+    done = stage("pretrain_dino.py", *args, "--output", "best", cwd=tmp_path)
+    stage("pretrain_dino.py", *args, "--keep", "last", "--output", "last", cwd=tmp_path)
+    log = [json.loads(line) for line in (tmp_path / "best" / "log.jsonl").read_text().splitlines()]
+    best = max(log[1:], key=lambda entry: entry["knn"])
+    result = metrics(tmp_path / "best")
+    assert result["best_epoch"] == best["epoch"] and result["val"]["knn"] == best["knn"]
+    assert f"model.pt is the teacher of epoch {best['epoch']} of 6" in done.stdout
+    assert result["val"]["guess"] == pytest.approx(0.5) and metrics(tmp_path / "last")["best_epoch"] == 6
+    kept, last = (torch.load(tmp_path / name / "model.pt", weights_only=True)["state_dict"] for name in ("best", "last"))
+    equal = all(torch.equal(value, last[name]) for name, value in kept.items())
+    assert equal == (best["epoch"] == 6)
 
 
 def koleo_of_share(rank, features, weight, folder):

@@ -122,8 +122,9 @@ def test_answers_go_as_far_as_the_numbers(tmp_path):
     table = tabulated(tmp_path)
     said = {question: lines[0] for question, lines in report.answers(table, report.comparisons(table)).items()}
     assert "the ViT is worse" in said["Does the ViT lose from scratch?"]
-    assert "no difference shown" in said["Is the ViT on par from ImageNet weights?"]
-    assert "3 seeds, 50 test images" in said["Is the ViT on par from ImageNet weights?"]
+    assert "no difference shown" in said["Is the ViT on par from ImageNet weights, supervised?"]
+    assert "3 seeds, 50 test images" in said["Is the ViT on par from ImageNet weights, supervised?"]
+    assert "no runs to tell" in said["Is the ViT on par from ImageNet weights, self-supervised?"]
     assert "no runs to tell" in said["And after DINO on the dataset's own images?"]
 
 
@@ -145,6 +146,45 @@ def test_page_is_whole_and_mistakes_are_named(tmp_path):
     refused(stage("report.py", "nowhere", cwd=tmp_path, check=False), "nowhere", "no such folder")
     (tmp_path / "empty").mkdir()
     refused(stage("report.py", "empty", cwd=tmp_path, check=False), "no run folders")
+
+
+def test_a_model_that_says_one_thing_is_not_compared(tmp_path):
+    for arch, one_class in (("deit_small", None), ("resnet50", "a")):
+        test = {"accuracy": 0.6, "interval": [0.5, 0.7], "undefined": [], "guess": 0.6, "beats_guess": False, "one_class": one_class}
+        fake_run(tmp_path, "finetune", arch, "random", 0, 0.6, test=test)
+        fake_run(tmp_path, "knn_eval", arch, "random", 0, 0.6, k=20)
+    table = tabulated(tmp_path)
+    said = report.answers(table, report.comparisons(table))
+    assert said["Does the ViT lose from scratch?"] == [
+        "deit_small against resnet50, random: cannot be compared: resnet50 from random, seed 0, predicts a for every image"]
+    stage("report.py", tmp_path, cwd=tmp_path)
+    text = page(tmp_path / "report")
+    assert "| always the most frequent class | 0.600 |" in text and "k-NN (k = 20)" in text
+    assert "predicts a for every test image" in text and "does not beat always guessing the most frequent class" in text
+
+
+def test_two_datasets_in_one_report(tmp_path):
+    """Table 1 has a column a dataset, figure 1 a panel pair, figures 4 and 5 the pictures of both."""
+    for dataset in ("skin", "eyes"):
+        for arch in ("deit_small", "resnet50"):
+            fake_run(tmp_path / dataset, "finetune", arch, "random", 0, 0.5, dataset=dataset, split=dataset)
+            fake_run(tmp_path / dataset, "knn_eval", arch, "random", 0, 0.7, dataset=dataset, split=dataset)
+        for name in ("saliency", "attn_distance"):
+            folder = fake_run(tmp_path / dataset, name, "deit_small", "random", 0, 0.5, dataset=dataset, runs=[])
+            Image.new("RGB", (80, 40), "red").save(folder / f"{name}.png")
+    stage("report.py", "skin", "eyes", "--output", "both", cwd=tmp_path)
+    stage("report.py", "skin", "--output", "one", cwd=tmp_path)
+    text = page(tmp_path / "both")
+    assert "skin, eyes: a pretrained ViT, or a CNN?" in text or "eyes, skin: a pretrained ViT, or a CNN?" in text
+    assert text.count("test score by start and model on every dataset") == 2
+    assert re.search(r"\| (skin|eyes) \(accuracy\) \| (skin|eyes) \(accuracy\) \| random \| resnet50 \| 0.700", text)
+    sizes = {}
+    for folder in ("both", "one"):
+        for k in (1, 4, 5):
+            with Image.open(tmp_path / folder / f"figure{k}.png") as image:
+                sizes[folder, k] = np.array(image.size)
+    assert (sizes["both", 4] == sizes["one", 4] * [2, 1]).all() and (sizes["both", 5] == sizes["one", 5] * [1, 2]).all()
+    assert sizes["both", 1][1] > 1.8 * sizes["one", 1][1]  # four panels, two rows
 
 
 def test_one_seed_without_predictions_tells_nothing(tmp_path):

@@ -103,6 +103,8 @@ def test_learns_and_writes_what_the_design_names(mask_data, tmp_path):
     assert result["test"]["iou"] > result["test"]["constant_iou"], done.stdout
     low, high = result["test"]["interval"]
     assert low <= result["test"]["iou"] <= high
+    assert (result["test"]["n"], result["test"]["lesions"]) == (5, 5) and result["test"]["found"] == 5
+    assert len(list((run / "test_masks").glob("*.png"))) == 5 and (run / "examples.png").exists()
     assert {"stage", "dataset", "arch", "init", "pretrained_on", "seed", "val", "epochs", "parameters",
             "seconds", "images_per_second", "device", "amp", "world_size", "loss"} <= result.keys()
     assert "40 pixels of data are enlarged to --image-size 96" in done.stdout
@@ -582,7 +584,7 @@ def test_metrics_equal_the_slow_versions():
     pixels = np.array([[[((t == c) & (s == c)).sum(), (t == c).sum(), (s == c).sum(), np.nan]
                         for c in range(3)]
                        for t, s in masks], float)
-    scores = segment.score_masks(pixels, ["background", "one", "two"], "iou")
+    scores = segment.score_masks(pixels, ["background", "one", "two"])
     for c, name in ((1, "one"), (2, "two")):
         iou, dice = [], []
         for t, s in masks:
@@ -597,7 +599,10 @@ def test_metrics_equal_the_slow_versions():
                  for join in (np.logical_and, np.logical_or)]
         assert scores["classes"][name]["iou_set"] == pytest.approx(whole[0] / whole[1])
         assert scores["classes"][name]["dice_set"] == pytest.approx(2 * whole[0] / sum(whole))
-        assert scores["classes"][name]["hd95"] is None
+        assert scores["classes"][name]["hd95"] is None and scores["classes"][name]["hd95_n"] == 0
+        assert scores["classes"][name]["n"] == len(iou)
+        assert scores["classes"][name]["lesions"] == sum((t == c).any() for t, s in masks)
+        assert scores["classes"][name]["found"] == sum(((t == c) & (s == c)).any() for t, s in masks)
     assert scores["iou"] == pytest.approx(np.mean([scores["classes"][n]["iou"] for n in ("one", "two")]))
     for _ in range(6):
         a, b = blobs(rng), blobs(rng)
