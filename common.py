@@ -1476,6 +1476,15 @@ def draw_curves(path, xlabel, panels):
     save_figure(figure, path)
 
 
+def draw_training(path, log, loss, metric):
+    """curves.png of fine-tuning: the losses and the validation score by epoch."""
+    epochs = [entry["epoch"] for entry in log]
+    losses = {"train": (epochs, [entry["loss"] for entry in log]),
+              "validation": (epochs, [entry["val"]["loss"] for entry in log])}
+    scores = {"validation": (epochs, [math.nan if entry["val"][metric] is None else entry["val"][metric] for entry in log])}
+    draw_curves(path, "epoch", [("loss", loss, losses), (f"validation {metric}", metric, scores)])
+
+
 def draw_grid(path, rows, captions=None, row_labels=None, title="", outlines=None, inches=1.2):
     """Draw images (H, W), (H, W, 1) or (H, W, 3) uint8, one list a row, each in its own proportions; under each a caption,
     text or (text, colour), before each row a label, over each the outlines [(mask (H, W) bool, colour), ...]."""

@@ -144,16 +144,6 @@ def fit(model, dataset, args, run, folder, pretrained_on):
 
 # ---------------------------------------------------------------- the test ----------------------------------
 
-def draw_log(path, dataset, log):
-    """curves.png: the losses and the validation score by epoch."""
-    epochs = [entry["epoch"] for entry in log]
-    losses = {"train": (epochs, [entry["loss"] for entry in log]),
-              "validation": (epochs, [entry["val"]["loss"] for entry in log])}
-    scores = {"validation": (epochs, [entry["val"][dataset.metric] for entry in log])}
-    common.draw_curves(path, "epoch", [("loss", "cross-entropy", losses),
-                                       (f"validation {dataset.metric}", dataset.metric, scores)])
-
-
 def draw_confusion(path, table, classes):
     """confusion.png: table (C, C) of counts, true classes as rows; the shade is the share of its row."""
     side = min(max(2.5, 0.5 * len(classes)), 12)
@@ -188,7 +178,7 @@ def finish(model, dataset, args, run, folder, log, pretrained_on):
     test = common.score_test(dataset, scores)
     best = max(log, key=lambda entry: entry["score"])
     common.write_predictions(folder / "predictions.csv", dataset, rows, scores, dataset.classes, dataset.task)
-    draw_log(folder / "curves.png", dataset, log)
+    common.draw_training(folder / "curves.png", log, "cross-entropy", dataset.metric)
     if dataset.task == "classes":
         count = len(dataset.classes)
         table = np.bincount(dataset.labels[rows] * count + scores.argmax(1), minlength=count ** 2).reshape(count, count)

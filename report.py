@@ -509,7 +509,10 @@ def other_tables(runs):
     for run in runs:
         try:
             if run["kind"] == "saliency":
-                caption = f"Saliency of {run['runs'][0]['images']} test images, mean [95 % interval]. {MAP_SCORES}"
+                count = run["runs"][0]["images"]
+                counted = {cell.get("n", count) for cell in run["runs"][0]["map"].values()}
+                caption = (f"Saliency of {count} test images, mean [95 % interval] over the {max(counted)} of them that can be "
+                           f"scored (with masks: that have a lesion). {MAP_SCORES}")
                 parts.append(table_of(*saliency_table(run), caption))
             elif run["kind"] == "attn_distance":
                 caption = f"Mean attention distance in pixels over {run['runs'][0]['images']} test images"

@@ -44,6 +44,7 @@ def arguments():
     model.add_argument("--output-stride", type=int, default=8, choices=[8, 16, 32],
                        help="of a CNN, which is dilated for it (default, paper: 8); a ViT has its patches")
     train.add_argument("--loss", default="ce+dice", choices=["ce+dice", "ce", "dice"], help="(default ce+dice)")
+    groups["run"].add_argument("--overlay", action="store_true", help="--predict: also overlays/, the outlines on each image")
     groups["run"].add_argument("--compare", nargs=2, metavar=("RUN_A", "RUN_B"),
                                help="no training: draw two runs' masks on their test split into --output FILE.png")
     args = common.parse(parser, "segment")
@@ -540,12 +541,7 @@ def finish(dataset, args, run, folder, log, pretrained_on):
     write_predictions(folder / "predictions.csv", dataset, table)
     iou = np.ma.masked_invalid(overlap(table[:, 1:])[0]).mean(1).filled(math.nan)
     draw_examples(folder / "examples.png", dataset, rows, predicted, iou)
-    epochs = [entry["epoch"] for entry in log]
-    common.draw_curves(folder / "curves.png", "epoch", [
-        ("loss", args.loss, {"train": (epochs, [entry["loss"] for entry in log]),
-                             "validation": (epochs, [entry["val"]["loss"] for entry in log])}),
-        (f"validation {dataset.metric}", dataset.metric,
-         {"validation": (epochs, [entry["val"][dataset.metric] for entry in log])})])
+    common.draw_training(folder / "curves.png", log, args.loss, dataset.metric)
     best = max(log, key=lambda entry: entry["score"])
     show = common.show
     lines = {**test["classes"], "mean of foreground": test}
@@ -616,6 +612,17 @@ def write_areas(path, classes, names, files, areas):
     common.write_table(path, head, lines)
 
 
+def draw_overlay(path, mask_file, dataset, row):
+    """An image with the outline of each class of its mask, in the colours of the mask's palette."""
+    picture = common.in_proportion(dataset.images[row], dataset.sizes[row], dataset.fit, 640)
+    with Image.open(mask_file) as mask:
+        classes = np.asarray(mask.resize((picture.shape[1], picture.shape[0]), Image.Resampling.NEAREST))
+    outlines = [(classes == value, RED if value == 255 else common.COLOURS[(value - 1) % 7])
+                for value in np.unique(classes[classes > 0])]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    common.draw_grid(path, [[picture]], outlines=[[outlines]], inches=3)
+
+
 def predict(args, run):
     """--predict: OUTPUT/masks/, a PNG an image, by the model of --init, and masks.csv. Nothing is left behind where a
     file is broken."""
@@ -632,6 +639,8 @@ def predict(args, run):
             return
         shutil.rmtree(masks, ignore_errors=True)
         partial.rename(masks)
+        for row, file in enumerate(files if args.overlay else []):
+            draw_overlay(folder / "overlays" / file, masks / file, dataset, row)
         write_areas(folder / "masks.csv", meta["classes"], dataset.paths, files, areas)
     if meta["fit"] == "crop":
         say("note: the model sees the centre square of an image; what lies outside of it is background in its mask")

@@ -211,7 +211,9 @@ def test_predict_at_the_images_own_sizes(fit, run_of_discs, tmp_path):
     shutil.copytree(run_of_discs / "run", tmp_path / "run")
     model, meta = trained(tmp_path / "run", fit=fit)
     sizes = new_images(tmp_path / "new")
-    done = stage("segment.py", "--predict", "new", "--init", "run/model.pt", "--output", "out", *TINY[2:], cwd=tmp_path)
+    done = stage("segment.py", "--predict", "new", "--init", "run/model.pt", "--output", "out", "--overlay", *TINY[2:],
+                 cwd=tmp_path)
+    assert len(list((tmp_path / "out" / "overlays").rglob("*.png"))) == len(sizes)
     assert ("outside of it is background" in done.stdout) == (fit == "crop")
     rows = table(tmp_path / "out" / "masks.csv")
     assert {row["image"]: (int(row["height"]), int(row["width"])) for row in rows} == sizes
