@@ -117,15 +117,11 @@ def open_model(name, args):
 
 def draw(path, results):
     """Figure 5: a panel per run; x block, y distance, a point per head, uniform attention as dashes."""
-    columns = min(2, len(results))
-    rows = -(-len(results) // columns)
-    figure, axes = common.new_figure(path, 3.2 * columns, 2.6 * rows, rows, columns)
+    figure, axes = common.new_panels(path, len(results), 3.2, 2.6)
     if figure is None:
         return
     top = max(max(result["uniform"], result["mean"].max()) for _, result in results)
-    for axis in axes.flat[len(results):]:
-        axis.set_axis_off()
-    for axis, (facts, result) in zip(axes.flat, results):
+    for axis, (facts, result) in zip(axes, results):
         blocks, heads = result["mean"].shape
         axis.scatter(np.repeat(np.arange(1, blocks + 1), heads), result["mean"].flatten(), s=14, alpha=0.8, label="head")
         axis.axhline(result["uniform"], color="black", linestyle="--", linewidth=1, label="uniform attention")

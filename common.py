@@ -1456,6 +1456,18 @@ def new_figure(path, width, height, rows=1, columns=1):
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
+def new_panels(path, count, width, height):
+    """(figure, [axis of each panel]) for `count` panels of width x height inches, two a row; (None, []) as new_figure."""
+    columns = min(2, count)
+    rows = math.ceil(count / columns)
+    figure, axes = new_figure(path, width * columns, height * rows, rows, columns)
+    if figure is None:
+        return None, []
+    for axis in axes.flat[count:]:
+        axis.set_axis_off()
+    return figure, list(axes.flat[:count])
+
+
 def save_figure(figure, path):
     """Write a figure atomically, in the format of its suffix."""
     write_atomic(path, lambda part: figure.savefig(part, format=Path(path).suffix[1:], bbox_inches="tight"))

@@ -544,6 +544,15 @@ def error_bars(found):
     return np.array([error or (0, 0) for _, error, _ in found]).T
 
 
+def finish_panel(axis, title, unit, xlabel):
+    """Label a panel of scores, with its legend above it; a score's axis ends at 1."""
+    axis.set(ylabel=unit, xlabel=xlabel)
+    axis.set_ylim(top=min(1, axis.get_ylim()[1]))
+    axis.grid(axis="y", color="#dddddd")
+    axis.set_axisbelow(True)
+    axis.legend(title=title, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=7, title_fontsize=8)
+
+
 def draw_bars(path, groups):
     """Figure 1: of each dataset a panel for fine-tuning and one for k-NN, a group of bars per init."""
     panels = []
@@ -551,14 +560,8 @@ def draw_bars(path, groups):
         panels += [(key, table, kind) for kind in ("finetune", "knn_eval") if any(cell[0] == kind for cell in table)]
     if not panels:
         return
-    columns = min(2, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    figure, axes = common.new_figure(path, 3.4 * columns, 2.8 * rows, rows, columns)
-    if figure is None:
-        return
-    for axis in axes.flat[len(panels):]:
-        axis.set_axis_off()
-    for axis, (key, table, kind) in zip(axes.flat, panels):
+    figure, axes = common.new_panels(path, len(panels), 3.4, 2.8)
+    for axis, (key, table, kind) in zip(axes, panels):
         colours = dict(zip(archs_and_inits(table, *STAGES)[0], common.COLOURS * 9))
         archs, inits = archs_and_inits(table, kind)
         width = 0.8 / len(archs)
@@ -568,13 +571,10 @@ def draw_bars(path, groups):
             axis.bar([i + (k + 0.5) * width - 0.4 for i in places], [median or 0 for median, _, _ in found], 0.92 * width,
                      yerr=error_bars(found), capsize=2, color=colours[arch], ecolor="#444444", label=arch)
         axis.set_xticks(range(len(inits)), inits, rotation=20 * (max(map(len, inits)) * len(inits) > 36))
-        axis.set(title=f"{key[0]}: {STAGES[kind]}", ylabel=f"test {key[3]}", xlabel="starting weights")
-        axis.set_ylim(top=1.25 * axis.get_ylim()[1])  # room for the legend
-        axis.set_yticks([tick for tick in axis.get_yticks() if tick <= 1])
-        axis.grid(axis="y", color="#dddddd")
-        axis.set_axisbelow(True)
-        axis.legend(loc="upper left", ncols=2, fontsize=7)
-    common.save_figure(figure, path)
+        axis.set_xlim(-0.5, len(inits) - 0.5)
+        finish_panel(axis, f"{key[0]}: {STAGES[kind]}", f"test {key[3]}", "starting weights")
+    if figure:
+        common.save_figure(figure, path)
 
 
 def draw_capacity(path, groups):
@@ -582,14 +582,8 @@ def draw_capacity(path, groups):
     groups = [(key, table) for key, table in groups if any(cell[0] == "finetune" for cell in table)]
     if not groups:
         return
-    columns = min(2, len(groups))
-    rows = math.ceil(len(groups) / columns)
-    figure, axes = common.new_figure(path, 4.2 * columns, 3 * rows, rows, columns)
-    if figure is None:
-        return
-    for axis in axes.flat[len(groups):]:
-        axis.set_axis_off()
-    for axis, (key, table) in zip(axes.flat, groups):
+    figure, axes = common.new_panels(path, len(groups), 4.2, 3)
+    for axis, (key, table) in zip(axes, groups):
         lines = defaultdict(dict)
         for (kind, arch, init), by_seed in table.items():  # by size
             if kind == "finetune" and summary(by_seed)[2]:
@@ -602,10 +596,9 @@ def draw_capacity(path, groups):
         axis.set_xscale("log")
         axis.set_xticks(sizes, [f"{size:.0f}" if size >= 2 else f"{size:.1g}" for size in sizes], fontsize=7)
         axis.minorticks_off()
-        axis.set(title=f"{key[0]}: capacity, fine-tuned", xlabel="parameters (millions)", ylabel=f"test {key[3]}")
-        axis.grid(axis="y", color="#dddddd")
-        axis.legend(fontsize=7, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.1))
-    common.save_figure(figure, path)
+        finish_panel(axis, f"{key[0]}: capacity, fine-tuned", f"test {key[3]}", "parameters (millions)")
+    if figure:
+        common.save_figure(figure, path)
 
 
 def newest(found):

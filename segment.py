@@ -737,9 +737,9 @@ def draw_regions(path, pairs, names):
         heights = [np.mean([pair[k] for pair in found]) if found else 0 for found in pairs.values()]
         axes[0, 0].bar(np.arange(len(pairs)) + 0.4 * k - 0.2, heights, 0.37, label=name)
     axes[0, 0].set_xticks(range(len(pairs)), [f"{name}\n({len(found)})" for name, found in pairs.items()])
-    axes[0, 0].set(ylim=(0, 1.25), ylabel="mean IoU", xlabel="distance from the image's largest region, share of its "
+    axes[0, 0].set(ylim=(0, 1), ylabel="mean IoU", xlabel="distance from the image's largest region, share of its "
                    "diagonal\n(number of regions)")
-    axes[0, 0].legend(ncols=2)
+    axes[0, 0].legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
     common.save_figure(figure, path)
 
 

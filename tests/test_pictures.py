@@ -67,7 +67,7 @@ def test_bars_and_their_errors(tmp_path):
     table = table_of({("resnet18", "random"): [0.8], ("resnet18", "imagenet"): [0.4], ("deit", "random"): [None]})
     report.draw_bars(tmp_path / "a.png", [(key, table)])
     image = pixels(tmp_path / "a.png")
-    blue = where(image, 0)[image.shape[0] // 4:].sum(0)  # of each column, without the legend
+    blue = where(image, 0)[image.shape[0] // 6:].sum(0)  # of each column, without the legend
     tall = int(np.median(blue[blue > 0.9 * blue.max()]))
     heights = blue[blue > 0.4 * blue.max()]
     high = heights > 0.75 * tall
@@ -76,7 +76,7 @@ def test_bars_and_their_errors(tmp_path):
     table = table_of({("resnet18", "random"): [0.7, 0.8, 0.9]})
     report.draw_bars(tmp_path / "b.png", [(key, table)])
     image = pixels(tmp_path / "b.png")
-    top, bottom, left, right = box(where(image, 0)[image.shape[0] // 4:, :])
+    top, bottom, left, right = box(where(image, 0)[image.shape[0] // 6:, :])
     whisker = where(image, grey)[:, (left + right) // 2 - 3:(left + right) // 2 + 4].any(1)
     assert whisker.sum() == pytest.approx(2 * (bottom - top + 1) * 0.1 / 0.8, abs=8)  # one standard deviation each way
 

@@ -317,6 +317,14 @@ def test_run_all_goes_on_where_it_stopped(tmp_path, demo):
     assert plan.stdout.count("to do   finetune") == 2 and plan.stdout.count("done    knn") == 2
 
 
+def test_run_all_takes_several_datasets(tmp_path):
+    plan = run_all(tmp_path, DATA="data/skin data/eyes", DRY_RUN="1")
+    assert plan.returncode == 0
+    for name in ("skin", "eyes"):
+        folder = tmp_path / "runs" / name / "finetune-test_vit-random-s0"
+        assert f"--data {tmp_path}/data/{name} --limit 64" in plan.stdout and f"--output {folder}" in plan.stdout
+
+
 def results(place):
     """{run folder: metrics.json without times} of a study."""
     found = {}
