@@ -136,6 +136,9 @@ def prepared_new(source, output, meta, skip_broken=False):
     folder = output.with_name(f".{output.name}.images")
     if not isinstance(source, list) and not Path(source).exists():
         fail(f"--predict {source}: neither a folder nor a CSV file")
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if local == 0:
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
     if isinstance(source, list):
         refuse([file for file in source if not Path(file).is_file()], "--files: there is no such file")
         rows = [[os.path.abspath(file)] for file in source]
@@ -150,7 +153,7 @@ def prepared_new(source, output, meta, skip_broken=False):
         dataset.mean, dataset.std = meta["mean"], meta["std"]
         yield dataset
     finally:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if local == 0:
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -1440,9 +1443,9 @@ def write_predictions(path, dataset, rows, scores, classes, task):
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito 2008
 
 
-def new_figure(path, width, height, rows=1, columns=1):
+def new_figure(path, width, height, rows=1, columns=1, **spaces):
     """(figure, axes (rows, columns)) of matplotlib for the picture `path`, of width x height inches; without matplotlib
-    (None, None), said."""
+    (None, None), said. spaces: of the axes, as of subplots_adjust, in place of a layout that finds them, which is slow."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -1452,8 +1455,8 @@ def new_figure(path, width, height, rows=1, columns=1):
     matplotlib.rcParams.update({  # the $ of a class name begins no formula
         "font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False,
         "axes.prop_cycle": matplotlib.cycler(color=COLOURS), "legend.frameon": False, "text.parse_math": False})
-    figure = Figure((width, height), dpi=200, layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    figure = Figure((width, height), dpi=200, layout=None if spaces else "constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, gridspec_kw=spaces)
 
 
 def new_panels(path, count, width, height):
@@ -1501,7 +1504,9 @@ def draw_grid(path, rows, captions=None, row_labels=None, title="", outlines=Non
     """Draw images (H, W), (H, W, 1) or (H, W, 3) uint8, one list a row, each in its own proportions; under each a caption,
     text or (text, colour), before each row a label, over each the outlines [(mask (H, W) bool, colour), ...]."""
     columns = max(map(len, rows))
-    figure, axes = new_figure(path, inches * columns + 1, (inches + 0.3) * len(rows) + 0.3, len(rows), columns)
+    width, height = inches * columns + 1, (inches + 0.3) * len(rows)
+    figure, axes = new_figure(path, width, height + 0.3, len(rows), columns, wspace=0.06, hspace=0.3 / inches, left=1 / width,
+                              right=1, bottom=0.3 / (height + 0.3), top=height / (height + 0.3))
     if figure is None:
         return
     for i, row in enumerate(rows):

@@ -22,7 +22,8 @@ def arguments():
     """The command line."""
     parser, groups = common.make_parser(__doc__)
     knn = parser.add_argument_group("k-NN")
-    knn.add_argument("--k", default="1,5,20,200", help="neighbours; the largest gives the headline (default 1,5,20,200; paper: 200)")
+    knn.add_argument("--k", default="1,5,20,200",
+                     help="neighbours; the largest gives the headline (default 1,5,20,200; paper: 200)")
     knn.add_argument("--temperature", type=float, default=0.1,
                      help="of the votes (default, authors' code: 0.1; Caron et al.: 0.07)")
     knn.add_argument("--pool", default="auto", choices=["auto", "cls", "mean"],

@@ -1153,7 +1153,9 @@ def check_duplicates(source, digests, mode):
         for splits in shared:
             gone.update((row.name, row) for row in splits[outer])
             for row in splits[inner]:  # of a picture that is there a thousand times, ten pairs tell enough
-                others = sorted(splits[outer], key=lambda other, row=row: label_text(source, other) == label_text(source, row))
+                label = label_text(source, row)
+                others = [other for other in splits[outer] if label_text(source, other) != label]
+                others += [other for other in splits[outer] if label_text(source, other) == label]
                 pairs += [(row, other) for other in others[:10]]
         if count:
             total = sum(row.split == inner for row in source.rows)
@@ -1312,7 +1314,10 @@ class Decoder(torch.utils.data.Dataset):
         for name, files in {"masks": row.masks, **row.experts}.items():
             if not files:
                 continue
-            mask, remark = (drawn.astype(np.uint8), "") if drawn is not None else read_mask(files, self.classes, self.ignore)
+            if drawn is None:
+                mask, remark = read_mask(files, self.classes, self.ignore)
+            else:
+                mask, remark = drawn.astype(np.uint8), ""
             if mask.shape != tuple(size):
                 raise ValueError(f"its mask is {mask.shape[1]}x{mask.shape[0]} pixels, it is {size[1]}x{size[0]}")
             note = "; ".join(filter(None, (note, remark)))

@@ -544,8 +544,9 @@ def main():
         say("WARNING: the k-NN of its features does not beat always guessing the most frequent class")
     common.write_metrics(
         folder, dataset, run, args, pretrained_on=pretrained_on, settings=recipe, metric="knn", test={},
-        val={"knn": kept.get("knn"), "guess": kept.get("guess"), "knn_before": before.get("knn"), "loss": last["loss"], "entropy": last["entropy"],
-             "feature_std": last["feature_std"]}, best_epoch=kept["epoch"],
+        val={"knn": kept.get("knn"), "guess": kept.get("guess"), "knn_before": before.get("knn"), "loss": last["loss"],
+             "entropy": last["entropy"], "feature_std": last["feature_std"]},
+        best_epoch=kept["epoch"],
         collapse=last["collapse"], epochs=args.epochs, parameters=sum(p.numel() for p in student.backbone.parameters()),
         seconds=sum(entry["seconds"] for entry in log[1:]),
         images_per_second=float(np.median([entry["images_per_second"] for entry in log[1:]])),

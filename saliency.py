@@ -192,7 +192,8 @@ def mean_with_interval(values, groups, seed):
     95 % interval over images or groups."""
     def mean(rows):
         return None if np.isnan(values[rows]).all() else float(np.nanmean(values[rows]))
-    return {"mean": mean(slice(None)), "n": int((~np.isnan(values)).sum()), "interval": common.bootstrap_interval(mean, len(values), groups, seed)}
+    return {"mean": mean(slice(None)), "n": int((~np.isnan(values)).sum()),
+            "interval": common.bootstrap_interval(mean, len(values), groups, seed)}
 
 
 def lesion(mask, ignore):
@@ -400,7 +401,8 @@ def explain_runs(models, dataset, args, run):
         save_maps(folder / f"maps-{meta['name']}.npz", meta, dataset, drawn, pictures, chances[shown])
         grid.append(draw_run(meta, dataset, drawn, pictures, chances[shown], None if right is None else right[shown]))
         facts = {key: meta.get(key) for key in ("run", "name", "arch", "init", "pretrained_on", "method", "image_size")}
-        runs.append({**facts, "images": len(rows), "blank_maps": blank, "right": None if right is None else float(right.mean()),
+        share = None if right is None else float(right.mean())
+        runs.append({**facts, "images": len(rows), "blank_maps": blank, "right": share,
                      **summarise(scores, dataset.groups_of(rows), args.seed)})
     images, captions, outlines = zip(*grid)
     labels = ["image", *(f"{one['arch']}\n{one['init']}\n{one['method']}" for one in runs)]

@@ -291,7 +291,8 @@ def class_scores(table):
     iou, dice = overlap(table)
     values = [iou, dice, *overlap(table[:, :3].sum(0, keepdims=True)), table[:, 3]]
     scores = {name: common.mean_defined([v for v in value if not math.isnan(v)]) for name, value in zip(SCORES, values)}
-    counts = {"n": np.isfinite(iou), "hd95_n": np.isfinite(table[:, 3]), "lesions": table[:, 1] > 0, "found": table[:, 0] > 0}
+    counts = {"n": np.isfinite(iou), "hd95_n": np.isfinite(table[:, 3]),
+              "lesions": table[:, 1] > 0, "found": table[:, 0] > 0}
     return {**scores, **{name: int(flags.sum()) for name, flags in counts.items()}}
 
 
@@ -522,7 +523,8 @@ def draw_examples(path, dataset, rows, predicted, iou):
         pictures.append(common.in_proportion(dataset.images[row], dataset.sizes[row], dataset.fit, 320))
         outlines.append([outline_of(truth, dataset, row, YELLOW), outline_of(predicted[i] > 0, dataset, row, RED)])
         captions.append(f"{name}: {Path(dataset.paths[row]).name[-24:]}\nIoU {iou[i]:.3f}")
-    common.draw_grid(path, [pictures], [captions], None, f"{dataset.name}, test: truth yellow, prediction red", [outlines], 2)
+    title = f"{dataset.name}, test: truth yellow, prediction red"
+    common.draw_grid(path, [pictures], [captions], None, title, [outlines], 2)
 
 
 def finish(dataset, args, run, folder, log, pretrained_on):

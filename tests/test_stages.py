@@ -129,9 +129,10 @@ def test_predict_gives_the_test_probabilities_again(folder_data, tmp_path):
     colour = np.stack([picture(np.random.default_rng(0), 0, (90, 70))] * 3, 2)
     colour[..., 0] //= 2
     Image.fromarray(colour).save(tmp_path / "new" / "another_size_in_colour.png")
+    shutil.copytree(tmp_path / "data", tmp_path / ".out.images" / "data")  # of one that was killed, on other images
     stage("finetune.py", "--predict", "new", "--init", "run/model.pt", "--output", "out", *TINY[2:],
           cwd=tmp_path)
-    assert not list(tmp_path.glob("**/*cache*"))
+    assert not list(tmp_path.glob("**/*cache*")) and not list(tmp_path.glob(".out*"))
     rows = table(tmp_path / "out" / "predictions.csv")
     assert len(rows) == 14 and {row["label"] for row in rows} == {""}
     for row in rows:
