@@ -951,7 +951,7 @@ def settle_labels(source, args):
                  "are written; make them equal")
     whole = all(re.fullmatch(r"-?\d+(\.0+)?", name) for name in present)
     source.classes = sorted(present, key=float) if whole else present  # 10 comes after 2
-    source.ordinal = whole or args.ordinal
+    source.ordinal = args.ordinal or whole and args.layout != "medmnist"  # whose numbers are names
     if args.classes:
         name_classes(source, args.classes)
     if len(source.classes) < 2:

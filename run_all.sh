@@ -12,7 +12,7 @@
 # --rdzv_endpoint HOST:29500" and NODE=0 on the first, NODE=1 on the next.
 set -uf -o pipefail
 refuse() { echo "error: $*" >&2; exit 2; }
-case ${DATA:-} in *" "*)  # several datasets, one after the other, and a report over them all
+case "${SOURCE:-}:${DATA:-}" in :*" "*) [ -d "$DATA" ] || {  # several datasets, one after the other, and one report
   studies=() code=0
   for folder in $DATA; do
     studies+=("${RUNS:-$(dirname "$0")/runs}/$(basename "$folder")")
@@ -21,7 +21,7 @@ case ${DATA:-} in *" "*)  # several datasets, one after the other, and a report 
   [ -n "${PYTHON:-}" ] || [ ! -x "$(dirname "$0")/.venv/bin/python" ] || PYTHON=$(dirname "$0")/.venv/bin/python
   [ "${DRY_RUN:-0}" = 1 ] || "${PYTHON:-python3}" "$(dirname "$0")/report.py" "${studies[@]}" \
     --output "${RUNS:-$(dirname "$0")/runs}/report" || code=1
-  exit $code ;;
+  exit $code; } ;;
 esac
 for name in DATA SOURCE RUNS; do  # relative to where the command was typed
   case ${!name:-/} in /*) ;; *) printf -v "$name" %s "$PWD/${!name}" ;; esac

@@ -567,7 +567,8 @@ def test_what_is_written(small):
     assert facts["mean"] == pytest.approx([train.mean()] * 3, abs=1e-4)
     assert facts["std"] == pytest.approx([train.std()] * 3, abs=1e-4)
     assert (facts["name"], facts["side"], facts["fit"], facts["channels"]) == ("data", 24, "squash", 1)
-    assert facts["classes"] == ["a", "b"] and facts["metric"] == "accuracy" and "prepare.py" in facts["command"]
+    assert facts["classes"] == ["a", "b"] and "prepare.py" in facts["command"]
+    assert facts["metric"] is None and common.open_dataset(folder).metric == "roc_auc"  # what fits two classes
 
 
 def test_any_number_of_processes_writes_the_same(small):

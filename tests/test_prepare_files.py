@@ -344,7 +344,11 @@ def test_medmnist(tmp_path, side, channels, labels):
     truth = np.concatenate([arrays[f"{part}_labels"] for part in ("train", "val", "test")])
     assert dataset.counts == {"train": 40, "val": 10, "test": 12}
     assert (dataset.labels == (truth[:, 0] if labels == 1 else truth)).all()
-    assert dataset.metric == ("accuracy" if labels == 1 else "roc_auc") and dataset.ordinal == (labels == 1)
+    assert dataset.metric == ("accuracy" if labels == 1 else "roc_auc") and not dataset.ordinal  # numbers of names
+    if labels == 1:
+        prepare("made.npz", "data/graded", "--classes", "0,1,2,3,4", "--ordinal", cwd=tmp_path)
+        graded = common.open_dataset(tmp_path / "data" / "graded")
+        assert graded.ordinal and graded.metric == "quadratic_kappa"
     stage("knn_eval.py", "--data", "data/made", "--arch", "test_vit", "--k", "1,5", "--output", "run", *TINY, cwd=tmp_path)
 
 

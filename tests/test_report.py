@@ -235,7 +235,7 @@ def test_segmentation_is_paired_by_image(tmp_path):
     assert (first[1], second[1], found[2:]) == ("deit_tiny", "resnet18", (2, 30))
     assert found[1] == pytest.approx(np.percentile(expected, [2.5, 97.5]))
     head, rows = report.segment_table(table)
-    assert rows[0][:2] == ["resnet18", "random"] and rows[0][4:] == ["missing", "0.250 ± 0.000", 2]
+    assert rows[0][:2] == ["resnet18", "random"] and rows[0][4:] == ["missing", "0.250 ± 0.000", "-", 2]
 
 
 def test_several_labels_are_read_from_their_columns(tmp_path):
@@ -249,7 +249,7 @@ def test_several_labels_are_read_from_their_columns(tmp_path):
             for i, (flags, values) in enumerate(zip(truth, scores))]
     (folder / "predictions.csv").write_text(head + "\n".join(rows) + "\n")
     run, = report.read_runs([tmp_path])[0]
-    paths, score = report.image_scores(run)
+    paths, score, _ = report.image_scores(run)
     half = np.arange(20)
     assert len(paths) == 40 and score(half) == pytest.approx(np.mean(
         [common.roc_auc(truth[half, i], scores[half, i]) for i in range(2)]))
