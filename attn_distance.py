@@ -152,7 +152,8 @@ def finish(folder, dataset, measured, results, args, run, seconds):
     common.write_metrics(
         folder, dataset, run, args, arch=", ".join(row["arch"] for row in runs),
         init=", ".join(row["init"] for row in runs), pretrained_on=[row["pretrained_on"] for row in runs],
-        metric="attention_distance", unit="pixels", runs=runs, val={}, test={row["run"]: row["mean"] for row in runs},
+        metric="attention_distance", unit="pixels", image_size=[row["image_size"] for row in runs], runs=runs,
+        val={}, test={row["run"]: row["mean"] for row in runs},
         include_cls=args.include_cls, renormalize=not args.no_renormalize,
         counts={**dataset.counts, "measured": measured}, epochs=0, seconds=seconds, images_per_second=speed,
         summary="; ".join(f"{row['name']} {row['first_block']:.1f} pixels in the first block, "

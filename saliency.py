@@ -373,7 +373,8 @@ def finish(folder, dataset, count, runs, args, run, seconds):
     common.write_metrics(
         folder, dataset, run, args, arch=", ".join(one["arch"] for one in runs),
         init=", ".join(one["init"] for one in runs), pretrained_on=[one["pretrained_on"] for one in runs],
-        metric=names[0], runs=runs, val={}, test={one["name"]: one["map"][names[0]] for one in runs},
+        metric=names[0], image_size=[one["image_size"] for one in runs], runs=runs, val={},
+        test={one["name"]: one["map"][names[0]] for one in runs},
         counts={**dataset.counts, "scored": count}, epochs=0, seconds=seconds,
         images_per_second=count * len(runs) / seconds, summary="; ".join(parts))
 
