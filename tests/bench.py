@@ -1,13 +1,12 @@
 """What each stage takes on this machine, beside what a user would write or install instead.
 
-    python tests/bench.py                        # the tables of BENCHMARKS.md
-    python tests/bench.py --quick                # a quarter of the images and of the batch
-    python tests/bench.py --stage knn open --json bench.json
+    python tests/bench.py
+    python tests/bench.py --quick --stage knn open --json bench.json
 
-Each side of a case lives in a process of its own, which gives its peak memory (without a DataLoader's workers; on CUDA
-what PyTorch held there). After a pass to warm up the sides take turns; a figure is the median of the rounds, the ratio
-that of the medians. The data path is included. The plain sides are as a user would first write them: fp32, PyTorch's
-defaults, ImageFolder and torchvision's transforms in worker processes; or scikit-learn. Progress goes to stderr.
+Each side of a case lives in a process of its own, which gives its peak memory: with all imports, without a DataLoader's
+workers; on CUDA what PyTorch held there. After a pass to warm up the sides take turns; a figure is the median of the
+rounds, the ratio that of the medians. The data path is included. The plain sides are as a user would first write them:
+fp32, PyTorch's defaults, torchvision's ImageFolder and transforms in worker processes; or they are scikit-learn.
 """
 import argparse
 import copy
@@ -19,17 +18,18 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import sklearn.neighbors
 import timm
 import torch
 import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.v2 as T
 from PIL import Image
+from sklearn.neighbors import NearestNeighbors
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import attn_distance  # noqa: E402
@@ -43,15 +43,10 @@ import segment  # noqa: E402
 
 SIDE = 224
 WORKERS = min(16, os.cpu_count() or 1)
-FLIPS = [T.RandomHorizontalFlip(), T.RandomVerticalFlip()]
-JITTER = T.RandomApply([T.ColorJitter(0.2, 0.2, 0.1, 0.1)], 0.8)
-# ToDtype(torch.float32) would change masks, too
-TO_FLOAT = T.ToDtype({torchvision.tv_tensors.Image: torch.float32, "others": None}, scale=True)
-NORMALIZE = [T.ToImage(), TO_FLOAT, T.Normalize([0.5] * 3, [0.25] * 3)]
+AUGMENT = [T.RandomHorizontalFlip(), T.RandomVerticalFlip(), T.RandomApply([T.ColorJitter(0.2, 0.2, 0.1, 0.1)], 0.8)]
+NORMALIZE = [T.ToImage(), T.ToDtype(torch.float32, scale=True), T.Normalize([0.5] * 3, [0.25] * 3)]  # of images alone
 CENTRE = T.Compose([T.Resize(256), T.CenterCrop(SIDE), *NORMALIZE])
 
-
-# ---------------------------------------------------------------- data, and what the sides share ------------
 
 def write_photographs(folder, count):
     """photographs/train/CLASS/*.jpg of 360x360, a mask as *_mask.png beside each; and all of them prepared."""
@@ -62,19 +57,6 @@ def write_photographs(folder, count):
         Image.fromarray(pixels).save(path, quality=90)
         Image.fromarray(255 * mask.astype(np.uint8)).save(path.with_name(f"{i}_mask.png"))
     prepare.main([str(folder / "photographs"), "--output", str(folder / "prepared")])
-
-
-def write_table(folder, count):
-    """A prepared folder like CheXpert's: grey images, 14 labels, patients, sizes. Its images.npy is sparse."""
-    folder.mkdir()
-    with open(folder / "images.npy", "wb") as out:
-        out.write(prepare.npy_header(count, 256, 256, 1))
-        out.truncate(out.tell() + count * 256 * 256)
-    names = [f"label {i}" for i in range(14)]
-    labels = (np.random.default_rng(0).random((count, 14)) < 0.2).astype(int).tolist()
-    rows = [[f"{i // 3:05d}/view{i % 3}.jpg", "train", f"{i // 3:05d}", 320, 390, *labels[i]] for i in range(count)]
-    common.write_table(folder / "labels.csv", ["image", "split", "group", "height", "width", *names], rows)
-    common.write_json(folder / "dataset.json", {"classes": names, "mean": [0.5] * 3, "std": [0.25] * 3})
 
 
 def start_stage(stage, folder, device, count, *flags):
@@ -98,12 +80,11 @@ def plain_loader(folder, transform, batch, count, workers=WORKERS, **options):
     files = torchvision.datasets.ImageFolder(
         folder / "photographs" / "train", transform, is_valid_file=lambda path: path.endswith(".jpg"), **options)
     sampler = torch.utils.data.RandomSampler(files, num_samples=count)
-    pin = torch.cuda.is_available()
-    return torch.utils.data.DataLoader(files, batch, sampler=sampler, num_workers=workers, pin_memory=pin)
+    return torch.utils.data.DataLoader(files, batch, sampler=sampler, num_workers=workers)
 
 
 def plain_pass(function, loader, device):
-    """A loop over images."""
+    """A loop over images, which keeps nothing."""
     for images, _ in loader:
         function(images.to(device))
 
@@ -118,8 +99,7 @@ def plain_epoch(model, optimizer, loader, loss_of):
         optimizer.step()
 
 
-# ---------------------------------------------------------------- the stages --------------------------------
-# STAGE_ours and STAGE_plain set up and return a function that does one pass. Both take the folder with the data, the
+# A side sets up and returns a function that does one pass. Both sides of a stage take the folder with the data, the
 # device, and the options of a case, of which `count` is how much a pass does.
 
 def finetune_ours(folder, device, arch, count, batch):
@@ -133,7 +113,7 @@ def finetune_ours(folder, device, arch, count, batch):
 def finetune_plain(folder, device, arch, count, batch):
     model = timm.create_model(common.ARCHS[arch], num_classes=4).to(device)
     optimizer = torch.optim.Adam(model.parameters(), 1e-4, weight_decay=1e-5)
-    view = T.Compose([T.RandomResizedCrop(SIDE, (0.8, 1)), *FLIPS, JITTER, *NORMALIZE])
+    view = T.Compose([T.RandomResizedCrop(SIDE, (0.8, 1)), *AUGMENT, *NORMALIZE])
 
     def loss_of(images, labels):
         return F.cross_entropy(model(images.to(device)), labels.to(device))
@@ -162,8 +142,7 @@ def knn_ours(folder, device, train, count):
 def knn_plain(folder, device, train, count):  # scikit-learn has it on the CPU alone
     features = F.normalize(torch.randn(train + count, 384), dim=1).numpy()
     labels = np.eye(2)[np.arange(train) % 2]
-    search = sklearn.neighbors.NearestNeighbors(n_neighbors=200, metric="cosine", algorithm="brute")
-    search.fit(features[:train])
+    search = NearestNeighbors(n_neighbors=200, metric="cosine", algorithm="brute").fit(features[:train])
 
     def one_pass():
         distance, index = search.kneighbors(features[train:])
@@ -177,7 +156,7 @@ def dino_ours(folder, device, arch, count, batch, crops, outputs):
     args, run, dataset = start_stage(pretrain_dino, folder, device, count, *flags)
     pretrain_dino.apply_recipe(args, count, run)
     student, teacher, _ = pretrain_dino.build(args, run)
-    optimizer = torch.optim.AdamW(pretrain_dino.parameter_groups(student), fused=True)
+    optimizer = torch.optim.Adam(common.parameter_groups(student), fused=True)
     scaler = torch.amp.GradScaler(device, enabled=run.amp == "fp16")
     plan = pretrain_dino.schedules(args, count // batch)
     # epoch 1, as in epoch 0 the last layer is frozen
@@ -202,7 +181,7 @@ def dino_plain(folder, device, arch, count, batch, crops, outputs):
         torch.nn.GELU(), torch.nn.Linear(2048, 256), torch.nn.LayerNorm(256), last).to(device)
     teacher = copy.deepcopy(student)
     centre = torch.zeros(outputs, device=device)
-    optimizer = torch.optim.AdamW(student.parameters(), 1e-5, weight_decay=0.04)
+    optimizer = torch.optim.Adam(student.parameters(), 1e-4, weight_decay=1e-5)
 
     def loss_of(images, labels):
         large = torch.cat(images[:2]).to(device)
@@ -222,8 +201,7 @@ def dino_plain(folder, device, arch, count, batch, crops, outputs):
 
 def segment_ours(folder, device, arch, count, batch):
     args, run, dataset = start_stage(segment, folder, device, count, "--batch-size", batch)
-    model, _ = segment.build_segmenter(arch, "random", SIDE, args.output_stride, 2)
-    model = common.to_device(model, run)
+    model = common.to_device(segment.build_segmenter(arch, "random", SIDE, args.output_stride, 2)[0], run)
     optimizer, scaler, _, _ = common.start_training(model, args, run, folder)
     rates = np.full(count // batch, args.lr)
     return partial(segment.train_epoch, model, model.dropout, optimizer, scaler, dataset, args, run, 0, rates)
@@ -232,7 +210,7 @@ def segment_ours(folder, device, arch, count, batch):
 def segment_plain(folder, device, arch, count, batch):  # torchvision has it on ResNets alone
     model = torchvision.models.segmentation.deeplabv3_resnet50(weights_backbone=None, num_classes=2).to(device)
     optimizer = torch.optim.Adam(model.parameters(), 1e-4)
-    view = T.Compose([T.RandomResizedCrop(SIDE, (0.5, 1)), *FLIPS, JITTER, *NORMALIZE])
+    view = T.Compose([T.RandomResizedCrop(SIDE, (0.5, 1)), *AUGMENT, *NORMALIZE])
 
     def loss_of(pair, labels):
         return F.cross_entropy(model(pair[0].to(device))["out"], pair[1].long().to(device))
@@ -298,16 +276,22 @@ def loader_plain(folder, device, count, batch, workers=WORKERS):
 
 
 def prepare_ours(folder, device, count, batch, workers):
-    flags = ["--output", str(folder / f"again{workers}"), "--overwrite", "--workers", str(workers)]
-    return partial(prepare.main, [str(folder / "photographs"), *flags])
-
-
-prepare_plain = loader_plain  # the images alone, without masks, checks and files
+    args = prepare.arguments([str(folder), "--output", str(folder), "--workers", str(workers)])
+    files = sorted(map(str, folder.glob("photographs/*/*/*.jpg")))
+    source = prepare.Source([prepare.Row(files[i % len(files)], str(i)) for i in range(count)])
+    return partial(prepare.write_arrays, folder, source, 256, args)
 
 
 def open_ours(folder, device, count, rows):
-    write_table(folder / "table", rows)
-    return partial(common.open_dataset, folder / "table")
+    table = folder / "table"  # like CheXpert's: grey images, 14 labels, patients, sizes; images.npy is sparse
+    table.mkdir()
+    np.lib.format.open_memmap(table / "images.npy", "w+", np.uint8, (rows, 256, 256, 1))
+    names = [f"label {i}" for i in range(14)]
+    labels = (np.random.default_rng(0).random((rows, 14)) < 0.2).astype(int).tolist()
+    lines = [[f"{i // 3:05d}/view{i % 3}.jpg", "train", f"{i // 3:05d}", 320, 390, *labels[i]] for i in range(rows)]
+    common.write_table(table / "labels.csv", ["image", "split", "group", "height", "width", *names], lines)
+    common.write_json(table / "dataset.json", {"classes": names, "mean": [0.5] * 3, "std": [0.25] * 3})
+    return partial(common.open_dataset, table)
 
 
 def open_plain(folder, device, count, rows):
@@ -318,28 +302,31 @@ def open_plain(folder, device, count, rows):
     return one_pass
 
 
-# ---------------------------------------------------------------- measuring ---------------------------------
-
 def list_cases(cuda, less):
-    """(stage, name, options) of every case; on CUDA with larger sizes, and all of them divided by `less`."""
+    """(stage, name, our side, plain side, options) of each case; larger on CUDA; all sizes divided by `less`."""
     def sizes(count, batch):
-        return {"count": count * (32 if cuda else 1) // less, "batch": batch * (4 if cuda else 1) // less}
+        times = (64, 8) if cuda else (1, 1)
+        return {"count": max(2, count * times[0] // less), "batch": max(2, batch * times[1] // less)}
 
-    for stage, what in (("finetune", "training"), ("features", "features")):
-        for arch in ("deit_tiny", "deit_small", "resnet50"):
-            yield stage, f"{arch} {what}", {"arch": arch, **sizes(64, 32)}
-    yield "knn", f"k-NN vote, {262144 // less} x 384", {"train": 262144 // less, "count": 4096 // less}
+    for arch in ("deit_tiny", "deit_small", "resnet50"):
+        yield "finetune", f"{arch} training", finetune_ours, finetune_plain, {"arch": arch, **sizes(32, 16)}
+    for arch in ("deit_small", "resnet50"):
+        yield "features", f"{arch} features", features_ours, features_plain, {"arch": arch, **sizes(64, 32)}
+    options = {"train": 262144 // less, "count": 4096 // less}
+    yield "knn", f"k-NN vote, {options['train']} x 384", knn_ours, knn_plain, options
     for arch, crops, outputs in (("deit_tiny", 8, 65536), ("deit_small", 8, 65536), ("deit_small", 6, 4096)):
-        name = f"DINO {arch}, 2x224 + {crops}x96, {outputs} outputs"
-        yield "dino", name, {"arch": arch, "crops": crops, "outputs": outputs, **sizes(16, 16)}
+        options = {"arch": arch, "crops": crops, "outputs": outputs, **sizes(16, 16)}
+        yield "dino", f"DINO {arch}, 2x224 + {crops}x96, {outputs} outputs", dino_ours, dino_plain, options
     for arch in ("resnet50", "deit_small"):
-        yield "segment", f"DeepLabv3-{arch} training", {"arch": arch, **sizes(8, 8)}
-    yield "attention", "attention distance, deit_small", {"arch": "deit_small", **sizes(32, 16)}
-    yield "saliency", "Grad-CAM, resnet50", {"arch": "resnet50", **sizes(32, 16)}
-    yield "loader", "reading 256x256, of 360x360 JPEG", {"count": 4096 // less, "batch": 64}
-    for workers in (1, 2):
-        yield "prepare", f"prepare.py, workers: {workers}", {"count": 512 // less, "batch": 8, "workers": workers}
-    yield "open", "opening 224316 rows, 14 labels", {"count": 1, "rows": 224316}
+        yield "segment", f"DeepLabv3-{arch} training", segment_ours, segment_plain, {"arch": arch, **sizes(8, 8)}
+    options = {"arch": "deit_small", **sizes(32, 16)}
+    yield "attention", "attention distance, deit_small", attention_ours, attention_plain, options
+    yield "saliency", "Grad-CAM, resnet50", saliency_ours, saliency_plain, {"arch": "resnet50", **sizes(32, 16)}
+    yield "loader", "reading 360x360 at 256x256", loader_ours, loader_plain, {"count": 2048 // less, "batch": 64}
+    for workers in (1, 2):  # decoding; ours also hashes, and writes images.npy
+        options = {"count": 2048 // less, "batch": 8, "workers": workers}
+        yield "prepare", f"prepare.py, workers: {workers}", prepare_ours, loader_plain, options
+    yield "open", "opening 224316 rows, 14 labels", open_ours, open_plain, {"count": 1, "rows": 224316}
 
 
 def enter(side, folder, device, options):
@@ -347,7 +334,7 @@ def enter(side, folder, device, options):
     global one_pass
     sys.stdout = sys.stderr  # what a stage prints
     multiprocessing.set_start_method(None, force=True)  # a DataLoader's workers start as Python's default is
-    one_pass = globals()[side](folder, device, **options)
+    one_pass = side(folder, device, **options)
     one_pass()
 
 
@@ -362,53 +349,51 @@ def timed_pass(device):
     return time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def measure(stage, options, folder, device, rounds):
-    """({"ours" and "plain": seconds of each round}, {"ours" and "plain": peak memory}), both sides in turns."""
+def measure(sides, options, folder, device, rounds):
+    """{"ours" and "plain": [(seconds, peak memory), ...]}, the passes of two sides that take turns."""
     context = multiprocessing.get_context("forkserver")  # which imports this file, and so PyTorch, once
-    pools = {side: ProcessPoolExecutor(1, context) for side in ("ours", "plain")}
-    seconds = {"ours": [], "plain": []}
-    memory = {}
-    for side, pool in pools.items():
-        pool.submit(enter, f"{stage}_{side}", folder, device, options).result()
+    pools = {name: ProcessPoolExecutor(1, context, enter, (side, folder, device, options))
+             for name, side in sides.items()}
+    passes = {name: [] for name in sides}
     for _ in range(rounds):
-        for side, pool in pools.items():
-            elapsed, memory[side] = pool.submit(timed_pass, device).result()
-            seconds[side].append(elapsed)
+        for name, pool in pools.items():
+            passes[name].append(pool.submit(timed_pass, device).result())
     for pool in pools.values():
         pool.shutdown()
-    return seconds, memory
+    return passes
 
 
 def main():
-    """Measure and print the table, a row a case; keep every round as JSON where asked."""
-    stages = list(dict.fromkeys(stage for stage, _, _ in list_cases(False, 1)))
-    there = ["cpu", "cuda"][:1 + torch.cuda.is_available()]
+    """Measure and print the table, a row a case; keep every pass as JSON where asked."""
+    stages = list(dict.fromkeys(case[0] for case in list_cases(False, 1)))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", nargs="+", choices=stages, default=stages, help="these alone")
-    parser.add_argument("--quick", action="store_true", help="a quarter of the sizes")
+    parser.add_argument("--quick", dest="less", action="store_const", const=8, default=1, help="an eighth of the sizes")
     parser.add_argument("--rounds", type=int, default=3, help="passes a side (default 3)")
-    parser.add_argument("--json", help="write every round to this file")
-    parser.add_argument("--device", choices=there, default=there[-1], help=f"(default {there[-1]})")
+    parser.add_argument("--json", help="write every pass to this file")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     run = common.start(argparse.Namespace(device=options.device, amp="auto"))
-    less = 4 if options.quick else 1
+    machine = f"{common.device_name(run.device)}, precision {run.amp}, {common.versions()}"
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        write_photographs(Path(folder), 512 // less)
-        print(f"{common.device_name(run.device)}, precision {run.amp}, {common.versions()}\n")
-        print("| | unit | ours | GB | plain | GB | times |\n|---|---|---|---|---|---|---|")
-        for stage, name, sizes in list_cases(options.device == "cuda", less):
-            if stage not in options.stage:
-                continue
-            seconds, memory = measure(stage, sizes, Path(folder), options.device, options.rounds)
-            rows.append({"case": name, "sizes": sizes, "seconds": seconds, "gb": memory})
-            medians = [np.median(seconds[side]) for side in ("ours", "plain")]
-            ours, plain = medians if stage == "open" else [sizes["count"] / median for median in medians]
-            unit = {"open": "s", "knn": "queries/s"}.get(stage, "images/s")
-            print(f"| {name} | {unit} | {ours:.3g} | {memory['ours']:.1f} | {plain:.3g} | {memory['plain']:.1f} "
-                  f"| {medians[1] / medians[0]:.1f} |", flush=True)
+        with redirect_stdout(sys.stderr):
+            write_photographs(Path(folder), 128)
+        print(f"{machine}\n\n| | unit | ours | GB | plain | GB | times |\n|---|---|---|---|---|---|---|", flush=True)
+        cases = [case for case in list_cases(options.device == "cuda", options.less) if case[0] in options.stage]
+        for stage, name, ours, plain, sizes in cases:
+            passes = measure({"ours": ours, "plain": plain}, sizes, Path(folder), options.device, options.rounds)
+            rows.append({"case": name, "sizes": sizes, **passes})
+            cells = [name, {"open": "s", "knn": "queries/s"}.get(stage, "images/s")]
+            medians = []
+            for side in passes.values():
+                seconds, memory = np.array(side).T
+                medians.append(np.median(seconds))
+                figure = medians[-1] if stage == "open" else sizes["count"] / medians[-1]
+                cells += [f"{figure:.0f}" if figure >= 100 else f"{figure:.3g}", f"{memory.max():.1f}"]
+            print("| " + " | ".join([*cells, f"{medians[1] / medians[0]:.1f}"]) + " |", flush=True)
     if options.json:
-        common.write_json(options.json, {"device": common.device_name(run.device), "amp": run.amp, "rows": rows})
+        common.write_json(options.json, {"machine": machine, "rows": rows})
 
 
 if __name__ == "__main__":
