@@ -115,8 +115,8 @@ def open_model(name, args):
     return model, read, facts, {key: meta[key] for key in ("mean", "std") if key in meta}
 
 
-def draw(path, results):
-    """Figure 5: a panel per run; x block, y distance, a point per head, uniform attention as dashes."""
+def draw(path, name, results):
+    """Figure 5 of the dataset `name`: a panel per run; x block, y distance, a point per head, uniform attention as dashes."""
     figure, axes = common.new_panels(path, len(results), 3.2, 2.6)
     if figure is None:
         return
@@ -125,7 +125,7 @@ def draw(path, results):
         blocks, heads = result["mean"].shape
         axis.scatter(np.repeat(np.arange(1, blocks + 1), heads), result["mean"].flatten(), s=14, alpha=0.8, label="head")
         axis.axhline(result["uniform"], color="black", linestyle="--", linewidth=1, label="uniform attention")
-        axis.set(title=f"{facts['arch']}, {facts['init']}", xlabel="block", ylabel="attention distance (pixels)",
+        axis.set(title=f"{name}: {facts['arch']}, {facts['init']}", xlabel="block", ylabel="attention distance (pixels)",
                  xlim=(0.5, blocks + 0.5), ylim=(0, 1.25 * top))  # room for the legend
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(loc="upper left", ncols=2, fontsize=7, handlelength=1.2)
@@ -144,7 +144,7 @@ def finish(folder, dataset, measured, results, args, run, seconds):
                      "first_block": float(mean[0].mean()), "last_block": float(mean[-1].mean()), "points": points})
     head = ["run", "arch", "block", "head", "distance", "standard_error", "uniform"]
     common.write_table(folder / "attn_distance.csv", head, lines)
-    draw(folder / "attn_distance.png", results)
+    draw(folder / "attn_distance.png", dataset.name, results)
     names = ["first_block", "last_block", "mean", "uniform"]
     common.print_table(["pixels", *names], [[row["name"], *(f"{row[name]:.1f}" for name in names)] for row in runs])
     speed = measured * len(runs) / seconds

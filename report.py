@@ -302,6 +302,9 @@ def answers(table, pairs):
             verdicts = ("the ViT is better", "the ViT is worse") if what == "vit" else ("it helps", "it hurts")
             silent = [reason for cell in (a, b) for reason in says_one_thing(cell, table[cell])]
             answer = f"cannot be compared: {'; '.join(silent)}" if silent else in_words(found, *verdicts)
+            weak = [cell[1] for cell in (a, b) if any(run["test"].get("beats_guess") is False for run in table[cell].values())]
+            if weak and not silent:
+                answer += f"; {' and '.join(weak)} did not beat always guessing the most frequent class"
             lines.append(f"{subject}{k_of(table[a])}: {answer}")
         if lines or kind in kinds and kind != "segment":
             result[question] = lines or ["no runs to tell"]
