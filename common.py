@@ -39,6 +39,7 @@ from tqdm import tqdm
 Image.MAX_IMAGE_PIXELS = None  # mammograms and slides pass Pillow's limit; it guards web servers, not studies
 DEMO = "data/demo"  # the default of --data, which prepares itself
 SPLITS = ("train", "val", "test")
+CHECK_EVERY = 20  # steps of training between looks at the loss: a look waits for the device
 
 
 def fail(message):
@@ -351,6 +352,11 @@ def limit_images(dataset, name, count):
         key[i] = (seen[labels[i]] + 0.5) / sizes[labels[i]]
         seen[labels[i]] += 1
     return rows[np.sort(np.argsort(key, kind="stable")[:count])]
+
+
+def outline_of(mask, size, fit, colour):
+    """A mask (S, S) bool as draw_grid outlines it over its image, in_proportion at 320: (mask (h, w) bool, colour)."""
+    return in_proportion(255 * mask.astype(np.uint8), size, fit, 320) > 127, colour
 
 
 def measure(images, rows):
@@ -1215,6 +1221,14 @@ def write_table(path, head, rows):
     write_atomic(path, write)
 
 
+def write_npz(path, arrays, save=np.savez):
+    """Write arrays by name into an .npz file atomically; save: np.savez, or np.savez_compressed."""
+    def write(part):
+        with open(part, "wb") as out:
+            save(out, **arrays)
+    write_atomic(path, write)
+
+
 def resume(folder, run, parts):
     """Load checkpoint.pt, if there is one, into parts {name: object with load_state_dict}. Returns the log so far."""
     path = folder / "checkpoint.pt"
@@ -1236,6 +1250,12 @@ def save_checkpoint(folder, parts, log):
     write_atomic(folder / "checkpoint.pt", lambda part: torch.save({**content, "log": log}, part))
     lines = "".join(json.dumps(entry) + "\n" for entry in log)
     write_atomic(folder / "log.jsonl", lambda part: part.write_text(lines))
+
+
+def training_facts(model, log):
+    """What metrics.json says of a training: {"parameters", "seconds", "images_per_second" (median over epochs)}."""
+    return {"parameters": sum(p.numel() for p in model.parameters()), "seconds": sum(entry["seconds"] for entry in log),
+            "images_per_second": float(np.median([entry["images_per_second"] for entry in log]))}
 
 
 def save_model(path, weights, dataset, args, **own):
@@ -1317,9 +1337,14 @@ def mean_defined(values):
     return float(np.mean(defined)) if defined else None
 
 
+def confusion(labels, predicted, classes):
+    """(C, C) counts of class indices (N,): row the true class, column the predicted one."""
+    return np.bincount(labels * classes + predicted, minlength=classes ** 2).reshape(classes, classes)
+
+
 def quadratic_kappa(labels, predicted, classes):
     """Cohen's kappa of class indices (N,), weighted by the squared distance of the classes; None where it is 0 / 0."""
-    table = np.bincount(labels * classes + predicted, minlength=classes ** 2).reshape(classes, classes)
+    table = confusion(labels, predicted, classes)
     weight = np.subtract.outer(np.arange(classes), np.arange(classes)) ** 2
     expected = (weight * np.outer(table.sum(1), table.sum(0))).sum() / len(labels)
     return float(1 - (weight * table).sum() / expected) if expected else None

@@ -18,8 +18,6 @@ from tqdm import tqdm
 import common
 from common import Draws, fail, say
 
-CHECK_EVERY = 20  # steps between looks at the loss: a look waits for the device
-
 
 def arguments():
     """The command line."""
@@ -107,7 +105,7 @@ def train_epoch(model, optimizer, scaler, dataset, args, run, epoch, rates):
         loss = loss_function(logits, labels[common.upload(order[step], run.device)])
         common.optimizer_step(loss, optimizer, scaler, args.clip_grad)
         total += loss.detach()
-        if (step + 1) % CHECK_EVERY == 0 or step + 1 == len(order):
+        if (step + 1) % common.CHECK_EVERY == 0 or step + 1 == len(order):
             mean = common.checked_mean(total, step + 1, epoch * len(order) + step, epoch, args.output, run)
             bar.set_postfix(loss=f"{mean.item():.3f}")
     return mean.item(), len(order) * args.batch_size / (time.time() - begin)
@@ -180,8 +178,7 @@ def finish(model, dataset, args, run, folder, log, pretrained_on):
     common.write_predictions(folder / "predictions.csv", dataset, rows, scores, dataset.classes, dataset.task)
     common.draw_training(folder / "curves.png", log, "cross-entropy", dataset.metric)
     if dataset.task == "classes":
-        count = len(dataset.classes)
-        table = np.bincount(dataset.labels[rows] * count + scores.argmax(1), minlength=count ** 2).reshape(count, count)
+        table = common.confusion(dataset.labels[rows], scores.argmax(1), len(dataset.classes))
         draw_confusion(folder / "confusion.png", table, dataset.classes)
     common.print_table(["", "val", "test"], [[name, common.show(best["val"][name]), common.show(test[name])]
                                              for name in common.METRICS if name in test])
@@ -193,9 +190,7 @@ def finish(model, dataset, args, run, folder, log, pretrained_on):
             f"{', '.join(test['undefined'])}")
     common.write_metrics(
         folder, dataset, run, args, pretrained_on=pretrained_on, freeze=args.freeze, val=best["val"], test=test,
-        best_epoch=best["epoch"], epochs=args.epochs, parameters=sum(p.numel() for p in model.parameters()),
-        seconds=sum(entry["seconds"] for entry in log), summary=f"test {headline}",
-        images_per_second=float(np.median([entry["images_per_second"] for entry in log])))
+        best_epoch=best["epoch"], epochs=args.epochs, summary=f"test {headline}", **common.training_facts(model, log))
 
 
 def predict(args, run):

@@ -84,11 +84,7 @@ def save_features(path, features, dataset):
         arrays[f"{name}_features"] = features[name].numpy()
         arrays[f"{name}_labels"] = dataset.labels[rows]
         arrays[f"{name}_images"] = np.array([dataset.paths[row] for row in rows])
-
-    def save(part):
-        with open(part, "wb") as out:
-            np.savez(out, **arrays)
-    common.write_atomic(path, save)
+    common.write_npz(path, arrays)
 
 
 def vote_on(features, dataset, ks, temperature, device):

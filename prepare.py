@@ -539,8 +539,8 @@ def pair_masks(source, root, masks, args):
         keys[os.path.splitext("/".join(parts))[0]].append(row)
     orphans = []
     for file in masks:
-        parts = [part for i, part in enumerate(file.split("/")) if i != mask_place(file)
-                 and part.lower() not in IMAGE_FOLDERS]
+        place = mask_place(file)
+        parts = [part for i, part in enumerate(file.split("/")) if i != place and part.lower() not in IMAGE_FOLDERS]
         key = os.path.splitext("/".join(parts))[0]
         owners = keys.get(key) or keys.get(MASK_ENDING.sub("", key)) or []
         if len(owners) > 1:
@@ -1302,16 +1302,16 @@ class Decoder(torch.utils.data.Dataset):
     def decode(self, row):
         """The dict of a row."""
         drawn, note = None, ""
-        if isinstance(row.item, int):
-            pixels, drawn = draw_lesion(row.item)
-        elif isinstance(row.item, tuple):
-            path, key, number = row.item
-            pixels = open_array(path, key)[number]
-            pixels = pixels.reshape(*pixels.shape[:2], -1)
         if isinstance(row.item, str):
             pixels, size, note = read_image(row.item, self.side)
+        elif isinstance(row.item, int):
+            pixels, drawn = draw_lesion(row.item)
+            size = drawn.shape
         else:
+            path, key, number = row.item
+            pixels = open_array(path, key)[number]
             size = pixels.shape[:2]
+            pixels = pixels.reshape(*size, -1)
         masks = {}
         for name, files in {"masks": row.masks, **row.experts}.items():
             if not files:
@@ -1359,8 +1359,9 @@ def write_arrays(folder, source, side, args):
     names = ["images"] + ["masks"] * bool(source.mask_classes)
     names += sorted({f"masks-{expert}" for row in source.rows for expert in row.experts})
     files = {name: open(folder / f"{name}.npy", "wb") for name in names}
+    channels = 1
     for name, file in files.items():
-        file.write(npy_header(1, side, side, *[3] * (name == "images")))
+        file.write(npy_header(1, side, side, *[channels] * (name == "images")))
     blank = np.zeros((side, side), np.uint8)
     facts, broken, broken_rows, count = [], {}, [], Counter()
     decoder = Decoder(source.rows, side, args.fit, len(source.mask_classes or [0, 0]), args.ignore)
@@ -1373,20 +1374,20 @@ def write_arrays(folder, source, side, args):
             broken_rows.append(row)
             continue
         pixels, masks = fact.pop("pixels"), fact.pop("masks")
-        files["images"].write(np.broadcast_to(pixels, (side, side, 3)).tobytes())
+        if pixels.shape[2] > channels:  # the first colour: what is written so far was grey
+            files["images"] = widen(files["images"], len(facts), side)
+            channels = 3
+        files["images"].write(np.broadcast_to(pixels, (side, side, channels)).tobytes())
         for name in names[1:]:
             files[name].write(masks.get(name.removeprefix("masks-"), blank).tobytes())
-        count["colour"] += pixels.shape[2] == 3
         count["empty"] += "masks" in masks and not masks["masks"].any()
         count["full"] += "masks" in masks and bool(masks["masks"].all())
         facts.append(fact)
     for name, file in files.items():
         file.seek(0)
-        file.write(npy_header(len(facts), side, side, *[3] * (name == "images")))
+        file.write(npy_header(len(facts), side, side, *[channels] * (name == "images")))
         file.close()
     report_broken(source, broken, broken_rows, args)
-    if not count["colour"]:
-        keep_one_channel(folder / "images.npy")
     for what in ("empty", "full"):
         if count[what] == len(facts):
             say(f"WARNING: all {count[what]} of {len(facts)} masks are {what}; is the foreground what is bright in them?")
@@ -1407,14 +1408,19 @@ def report_broken(source, broken, rows, args):
     leave_out(source, "broken", rows)
 
 
-def keep_one_channel(path):
-    """Rewrite images.npy of images that are all grey with one channel."""
-    wide = np.load(path, mmap_mode="r")
-    with open(path.with_suffix(".grey"), "wb") as file:
-        file.write(npy_header(*wide.shape[:3], 1))
-        for image in wide:
-            file.write(image[..., 0].tobytes())
-    os.replace(path.with_suffix(".grey"), path)
+def widen(file, count, side):
+    """Rewrite an open images.npy of `count` grey images with three equal channels. Returns it, open at its end."""
+    file.close()
+    path = Path(file.name)
+    grey = path.rename(path.with_suffix(".grey"))
+    wide = open(path, "wb")
+    wide.write(npy_header(1, side, side, 3))
+    with open(grey, "rb") as pixels:
+        pixels.seek(len(npy_header(1, side, side, 1)))
+        for _ in range(count):
+            wide.write(np.frombuffer(pixels.read(side * side), np.uint8).repeat(3).tobytes())
+    grey.unlink()
+    return wide
 
 
 def look_at_heads(rows):

@@ -355,7 +355,7 @@ def train_epoch(student, wrapped, teacher, optimizer, scaler, dataset, args, run
             teacher.center.lerp_(center, 1 - args.center_momentum)
             sums[2] += entropy(marginal)
             torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - float(momentum[step]))
-        if (i + 1) % 20 == 0 or i + 1 == len(order):
+        if (i + 1) % common.CHECK_EVERY == 0 or i + 1 == len(order):
             values = common.checked_mean(sums, i + 1, step, epoch, args.output, run)
             bar.set_postfix(loss=f"{values[0].item():.3f}")
     loss, mean_entropy, marginal_entropy = values.tolist()
@@ -547,9 +547,7 @@ def main():
         val={"knn": kept.get("knn"), "guess": kept.get("guess"), "knn_before": before.get("knn"), "loss": last["loss"],
              "entropy": last["entropy"], "feature_std": last["feature_std"]},
         best_epoch=kept["epoch"],
-        collapse=last["collapse"], epochs=args.epochs, parameters=sum(p.numel() for p in student.backbone.parameters()),
-        seconds=sum(entry["seconds"] for entry in log[1:]),
-        images_per_second=float(np.median([entry["images_per_second"] for entry in log[1:]])),
+        collapse=last["collapse"], epochs=args.epochs, **common.training_facts(student.backbone, log[1:]),
         summary=f"loss {last['loss']:.3f}, val k-NN {common.show(kept.get('knn'))}")
 
 

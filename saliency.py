@@ -301,9 +301,8 @@ def draw_originals(dataset, rows):
         images.append(common.in_proportion(dataset.images[row], dataset.sizes[row], dataset.fit, 320))
         outlines.append([])
         if dataset.masks is not None:
-            mask = 255 * lesion(dataset.masks[row], dataset.ignore).astype(np.uint8)
-            mask = common.in_proportion(mask, dataset.sizes[row], dataset.fit, 320) > 127
-            outlines[-1].append((mask, "#00ffff"))
+            mask = lesion(dataset.masks[row], dataset.ignore)
+            outlines[-1].append(common.outline_of(mask, dataset.sizes[row], dataset.fit, "#00ffff"))
         if dataset.labels is None:
             captions.append(Path(dataset.paths[row]).name[-26:])
         else:
@@ -336,11 +335,7 @@ def save_maps(path, meta, dataset, drawn, pictures, chances):
     for number, row in enumerate(drawn):
         height, width = map(int, dataset.sizes[row])
         arrays[f"map_{number}"], _ = place_map(pictures[row][0], dataset.side, height, width, dataset.fit)
-
-    def save(part):
-        with open(part, "wb") as out:
-            np.savez_compressed(out, **arrays)
-    common.write_atomic(path, save)
+    common.write_npz(path, arrays, np.savez_compressed)
 
 
 # ---------------------------------------------------------------- the run -----------------------------------

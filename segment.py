@@ -28,7 +28,6 @@ from tqdm import tqdm
 import common
 from common import Draws, fail, say
 
-CHECK_EVERY = 20  # steps between looks at the loss: a look waits for the device
 SCORES = ["iou", "dice", "iou_set", "dice_set", "hd95"]
 COUNTS = ["n", "hd95_n", "lesions", "found"]  # images, of each class, behind the scores
 YELLOW, BLUE, RED = "#ffdd00", "#2878ff", "#f02828"
@@ -453,7 +452,7 @@ def train_epoch(model, dropout, optimizer, scaler, dataset, args, run, epoch, ra
         loss = loss_function(upsample(logits, targets.shape[1:]), targets, args.loss, dataset.ignore).mean()
         common.optimizer_step(loss, optimizer, scaler, args.clip_grad)
         total += loss.detach()
-        if (step + 1) % CHECK_EVERY == 0 or step + 1 == len(order):
+        if (step + 1) % common.CHECK_EVERY == 0 or step + 1 == len(order):
             mean = common.checked_mean(total, step + 1, epoch * len(order) + step, epoch, args.output, run)
             bar.set_postfix(loss=f"{mean.item():.3f}")
     return mean.item(), len(order) * args.batch_size / (time.time() - begin)
@@ -504,12 +503,6 @@ def write_predictions(path, dataset, table):
     common.write_table(path, head, lines)
 
 
-def outline_of(mask, dataset, row, colour):
-    """A mask (S, S) bool as draw_grid outlines it over the picture of its image: (mask (h, w) bool, colour)."""
-    shape = dataset.sizes[row], dataset.fit, 320
-    return common.in_proportion(255 * mask.astype(np.uint8), *shape) > 127, colour
-
-
 def draw_examples(path, dataset, rows, predicted, iou):
     """The test images of the best, the median and the worst IoU (n,): truth yellow, prediction red."""
     order = [i for i in np.argsort(-iou) if not math.isnan(iou[i])]
@@ -521,7 +514,9 @@ def draw_examples(path, dataset, rows, predicted, iou):
         mask = torch.from_numpy(dataset.masks[row])
         truth = ((mask > 0) & known_pixels(mask, dataset.ignore)).numpy()
         pictures.append(common.in_proportion(dataset.images[row], dataset.sizes[row], dataset.fit, 320))
-        outlines.append([outline_of(truth, dataset, row, YELLOW), outline_of(predicted[i] > 0, dataset, row, RED)])
+        size = dataset.sizes[row]
+        outlines.append([common.outline_of(truth, size, dataset.fit, YELLOW),
+                         common.outline_of(predicted[i] > 0, size, dataset.fit, RED)])
         captions.append(f"{name}: {Path(dataset.paths[row]).name[-24:]}\nIoU {iou[i]:.3f}")
     title = f"{dataset.name}, test: truth yellow, prediction red"
     common.draw_grid(path, [pictures], [captions], None, title, [outlines], 2)
@@ -559,9 +554,8 @@ def finish(dataset, args, run, folder, log, pretrained_on):
         say(f"neither in the test split nor predicted, left out of the averages: {', '.join(test['undefined'])}")
     common.write_metrics(
         folder, dataset, run, args, pretrained_on=pretrained_on, val=best["val"], test=test, best_epoch=best["epoch"],
-        loss=args.loss, output_stride=args.output_stride, epochs=args.epochs,
-        parameters=sum(p.numel() for p in model.parameters()), seconds=sum(entry["seconds"] for entry in log),
-        images_per_second=float(np.median([entry["images_per_second"] for entry in log])), summary=f"test {headline}")
+        loss=args.loss, output_stride=args.output_stride, epochs=args.epochs, summary=f"test {headline}",
+        **common.training_facts(model, log))
 
 
 # ---------------------------------------------------------------- new images --------------------------------
@@ -774,9 +768,9 @@ def compare(args, run):
     for i in dict.fromkeys([*order[:2], *order[max(0, middle - 1):middle + 1], *order[-2:]]):
         size = dataset.sizes[rows[i]]
         picture = common.in_proportion(dataset.images[rows[i]], size, dataset.fit, 320)
-        truth = outline_of(truths[i].numpy(), dataset, rows[i], YELLOW)
-        a = outline_of(predictions[0][i].numpy(), dataset, rows[i], BLUE)
-        b = outline_of(predictions[1][i].numpy(), dataset, rows[i], RED)
+        truth = common.outline_of(truths[i].numpy(), size, dataset.fit, YELLOW)
+        a = common.outline_of(predictions[0][i].numpy(), size, dataset.fit, BLUE)
+        b = common.outline_of(predictions[1][i].numpy(), size, dataset.fit, RED)
         pictures.append([picture] * 4)
         outlines.append([[], [truth, a], [truth, b], [truth, a, b]])
         captions.append([Path(dataset.paths[rows[i]]).name, (f"{names[0]}  IoU {iou[0, i]:.3f}", BLUE),
