@@ -540,6 +540,31 @@ def crop_resize(images, boxes, side, flips=None):
     return torch.matmul(pixels, columns.transpose(1, 2)[:, None])
 
 
+FLIPS = {"none": (False, False), "horizontal": (False, True), "vertical": (True, False), "both": (True, True)}
+
+
+def random_flips(draws, which):
+    """(B, 2) bool for crop_resize, upside down and left to right: of those that `which` of FLIPS has, each with
+    probability 1/2."""
+    return (draws.uniform(2) < 0.5) & upload(FLIPS[which], draws.device)
+
+
+def random_angles(draws, degrees):
+    """(B,) float in radians, uniform within `degrees` to either side; None for 0."""
+    return math.pi / 180 * draws.uniform(low=-degrees, high=degrees) if degrees else None
+
+
+def rotate(images, angles, mode="bilinear"):
+    """Turn images (B, C, H, W) float about their centre by angles (B,) in radians (None: not at all); what comes in at
+    the corners is mirrored."""
+    if angles is None:
+        return images
+    cos, sin, zero = angles.cos(), angles.sin(), torch.zeros_like(angles)
+    matrix = torch.stack([cos, -sin, zero, sin, cos, zero], 1).view(-1, 2, 3)
+    grid = torch.nn.functional.affine_grid(matrix, images.shape, align_corners=False)
+    return torch.nn.functional.grid_sample(images, grid, mode, padding_mode="reflection", align_corners=False)
+
+
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in Pillow and torchvision
 YIQ = ((0.299, 0.587, 0.114), (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135))
 
@@ -1063,6 +1088,14 @@ def make_parser(description):
     return parser, {"data": data, "model": model, "run": run}
 
 
+def add_views(train, flips):
+    """The arguments of augmentation that all training shares."""
+    train.add_argument("--flips", default=flips, choices=list(FLIPS),
+                       help=f"with probability 1/2 each (default, paper: {flips}); an upside-down chest is no chest")
+    train.add_argument("--rotate", type=float, default=0, metavar="DEGREES",
+                       help="turn by up to so much to either side, corners mirrored (default, paper: 0)")
+
+
 def add_training(parser, groups, batch_size, scale):
     """The arguments of training that finetune.py and segment.py share."""
     train = parser.add_argument_group("training")
@@ -1079,6 +1112,7 @@ def add_training(parser, groups, batch_size, scale):
                        help=f"area of the random crop (default {scale[0]} {scale[1]})")
     train.add_argument("--jitter", type=float, nargs=4, default=[0.2, 0.2, 0.1, 0.1], metavar=tuple("BCSH"),
                        help="brightness, contrast, saturation, hue (default, paper: 0.2 0.2 0.1 0.1)")
+    add_views(train, "both")
     groups["run"].add_argument("--predict", metavar="FOLDER_OR_CSV",
                                help="no training: what the model of --init says of these images")
     groups["run"].add_argument("--skip-broken", action="store_true", help="--predict: leave out what cannot be decoded")
@@ -1091,7 +1125,7 @@ def parse(parser, stage):
     args = parser.parse_args()
     args.stage = stage
     at_least = {"image_size": 1, "limit": 1, "epochs": 1, "batch_size": 1, "lr": 0, "weight_decay": 0, "warmup_steps": 0,
-                "clip_grad": 0, "min_lr": 0, "seed": 0}
+                "clip_grad": 0, "min_lr": 0, "seed": 0, "rotate": 0}
     for name, low in at_least.items():
         value = getattr(args, name, None)
         if value is not None and value < low:

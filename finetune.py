@@ -54,10 +54,11 @@ def plateaus(log, patience=3):
 
 
 def train_view(images, draws, args, mean, std):
-    """The fine-tuning augmentation of the paper: random resized crop, both flips, colour jitter. images (B, S, S, C)
-    uint8 -> (B, 3, image_size, image_size) float."""
+    """The fine-tuning augmentation of the paper: random resized crop, both flips, colour jitter (and --rotate). images
+    (B, S, S, C) uint8 -> (B, 3, image_size, image_size) float."""
     boxes = common.random_boxes(draws, images.shape[1], args.scale)
-    images = common.crop_resize(images, boxes, args.image_size, draws.uniform(2) < 0.5)
+    images = common.crop_resize(images, boxes, args.image_size, common.random_flips(draws, args.flips))
+    images = common.rotate(images, common.random_angles(draws, args.rotate))
     return common.normalize(common.color_jitter(images, draws, args.jitter), mean, std)
 
 

@@ -71,6 +71,7 @@ def arguments():
     dino.add_argument("--freeze-last-layer", type=int, help="epochs; -1: all (paper: 1, small: -1)")
     dino.add_argument("--drop-path", type=float, help="of the student (paper: 0.1)")
     dino.add_argument("--koleo", type=float, help="weight of the term that spreads features (paper: 0)")
+    common.add_views(dino, "horizontal")
     train.add_argument("--epochs", type=int, default=100)
     train.add_argument("--batch-size", type=int, help="over all processes (paper: 64, caron: 1024, small: 32)")
     train.add_argument("--accumulate", type=int, default=1, help="parts that a step's batch is split into")
@@ -260,8 +261,9 @@ def make_crops(images, draws, args, mean, std):
     large, small = [], []
     for view in range(2 + args.local_crops):
         scale, side = (args.global_scale, args.image_size) if view < 2 else (args.local_scale, args.local_size)
-        flips = (draws.uniform(2) < 0.5) & common.upload([False, True], draws.device)
+        flips = common.random_flips(draws, args.flips)
         crop = common.crop_resize(images, common.random_boxes(draws, images.shape[1], scale), side, flips)
+        crop = common.rotate(crop, common.random_angles(draws, args.rotate))
         crop = common.color_jitter(crop, draws, args.jitter)
         crop = grey(crop, draws, args.grey)
         crop = blur(crop, draws, args.blur[min(view, 2)])

@@ -91,9 +91,12 @@ def train_view(images, masks, draws, args, mean, std):
     """A random box of each image and its mask, flips for both, colours for the image: (B, S, S, C) and (B, S, S) uint8
     -> (B, 3, image_size, image_size) float, (B, image_size, image_size) int64."""
     boxes = common.random_boxes(draws, images.shape[1], args.scale)
-    flips = draws.uniform(2) < 0.5
-    images = common.crop_resize(images, boxes, args.image_size, flips)
+    flips = common.random_flips(draws, args.flips)
+    angles = common.random_angles(draws, args.rotate)
+    images = common.rotate(common.crop_resize(images, boxes, args.image_size, flips), angles)
     targets = crop_masks(masks, boxes, args.image_size, flips)
+    if angles is not None:
+        targets = common.rotate(targets[:, None].float(), angles, "nearest")[:, 0].long()
     return common.normalize(common.color_jitter(images, draws, args.jitter), mean, std), targets
 
 

@@ -1,5 +1,6 @@
 """Augmentation against torchvision and against independent slow versions."""
 import math
+from argparse import Namespace
 
 import pytest
 import torch
@@ -7,6 +8,9 @@ import torchvision.transforms.v2.functional as TF
 from torchvision.transforms import RandomResizedCrop
 
 import common
+import finetune
+import pretrain_dino
+import segment
 
 
 def random_images(count, side, channels=3, seed=0):
@@ -66,6 +70,48 @@ def test_evaluation_is_the_centre_seven_eighths(side, corner, length):
     whole = common.eval_view(images, 56, [0.0] * 3, [1.0] * 3, whole=True)
     expected = TF.resize(images.permute(0, 3, 1, 2).float() / 255, [56, 56], antialias=True)
     assert (whole - expected).abs().max() < 1e-5
+
+
+def test_rotation_equals_torchvision():
+    """Within the circle that every turn leaves inside; what comes in at the corners is a mirror image, not black."""
+    images = random_images(3, 41).permute(0, 3, 1, 2).float() / 255
+    degrees = [30.0, -75.0, 180.0]
+    ours = common.rotate(images, torch.tensor(degrees) * math.pi / 180)
+    y, x = torch.meshgrid(torch.arange(41) - 20, torch.arange(41) - 20, indexing="ij")
+    circle = torch.hypot(y.float(), x.float()) < 19
+    for image, turned, angle in zip(images, ours, degrees):
+        theirs = TF.rotate(image, angle, TF.InterpolationMode.BILINEAR)
+        assert ((turned - theirs).abs() * circle).max() < 1e-3
+    assert (common.rotate(torch.ones(1, 3, 20, 20), torch.tensor([0.6])) - 1).abs().max() < 1e-5
+    assert common.rotate(images, None) is images
+    angles = common.random_angles(draws(2000), 30)
+    assert -math.pi / 6 <= angles.min() < -0.5 and 0.5 < angles.max() <= math.pi / 6
+
+
+ORIENTATIONS = {"none": [(0, 0)], "horizontal": [(0, 0), (0, 1)], "vertical": [(0, 0), (1, 0)],
+                "both": [(0, 0), (0, 1), (1, 0), (1, 1)]}
+
+
+@pytest.mark.parametrize("flips", list(ORIENTATIONS))
+def test_images_are_turned_over_in_no_other_way_than_flips_says(flips):
+    """In each of the three stages that train, each way about equally often."""
+    image = random_images(1, 8)
+    batch = image.expand(400, -1, -1, -1)
+    whole = dict(image_size=8, scale=[1.0, 1.0], jitter=[0, 0, 0, 0], flips=flips, rotate=0)
+    dino = dict(global_scale=[1.0, 1.0], local_crops=0, grey=0, blur=[0, 0, 0], solarize=0)
+    plain = [0] * 3, [1] * 3
+    views = [finetune.train_view(batch, draws(400), Namespace(**whole), *plain),
+             segment.train_view(batch, batch[..., 0], draws(400), Namespace(**whole), *plain)[0],
+             pretrain_dino.make_crops(batch, draws(400), Namespace(**whole, **dino), *plain)[0][:400]]
+    ways = ORIENTATIONS[flips]
+    for view in views:
+        found = torch.zeros(len(ways))
+        for k, (down, right) in enumerate(ways):
+            turned = image[0].permute(2, 0, 1).float() / 255
+            turned = turned.flip(1) if down else turned
+            turned = turned.flip(2) if right else turned
+            found[k] = ((view - turned).abs().amax((1, 2, 3)) < 1e-4).sum()
+        assert found.sum() == 400 and found.min() > 0.7 * 400 / len(ways)
 
 
 def slow_jitter(image, bright, contrast, saturation, turn):
