@@ -698,11 +698,16 @@ def published_weights(arch, init):
              f"({type(error).__name__}: {reason}); fetch the file where there is a network and pass it as --init FILE")
 
 
+def classifier_prefixes(model):
+    """How the names of a timm model's classifier begin, as a tuple: a distilled DeiT has two."""
+    names = model.pretrained_cfg.get("classifier") or ()
+    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+
+
 def load_backbone(model, weights, source):
     """Copy weights into a model, strictly but for the classifier: a backbone tensor that is missing, left over or of
     another shape is an error that lists them. Position embeddings are resampled."""
-    classifier = model.pretrained_cfg.get("classifier") or ()
-    classifier = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
+    classifier = classifier_prefixes(model)
     own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(classifier)}
     weights = {name: tensor for name, tensor in weights.items()
                if name in own or not name.startswith((*HEADS, *classifier))}
@@ -736,6 +741,17 @@ def build_model(arch, init, image_size, num_classes, seed=0, init_key=None, **op
     weights, meta = read_checkpoint(init, init_key)
     load_backbone(model, weights, init)
     return model, meta.get("dataset", Path(init).stem)
+
+
+def keep_classifier(model, prefixes, init, classes, task):
+    """Take over the tensors that begin with `prefixes` from a model.pt of the same classes; of others, they stay new."""
+    weights, meta = ({}, {}) if init in NAMED_INITS else read_checkpoint(init)
+    if meta.get("classes") == classes and meta.get("task") == task:
+        own = {name: weights[name] for name in model.state_dict() if name.startswith(prefixes)}
+        model.load_state_dict(own, strict=False)
+        say(f"init {init}: the same classes, so its classifier is trained on")
+    elif meta.get("classes"):
+        say(f"init {init}: its classes are others ({some(meta['classes'], 14)}), so the classifier begins anew")
 
 
 def start_as_torchvision(model):
@@ -1031,6 +1047,12 @@ def start_training(model, args, run, folder):
     return optimizer, scaler, parts, resume(folder, run, parts)
 
 
+def waited(log):
+    """Epochs since the best of a log."""
+    scores = [entry["score"] for entry in log]
+    return len(log) - 1 - scores.index(max(scores)) if log else 0
+
+
 def end_epoch(entry, log, parts, weights, dataset, args, run, **own):
     """Add an epoch to the log, {"epoch", "loss", "val" (metrics), "images_per_second", "seconds"}, and save: model.pt if
     validation, by the headline or minus its loss where that is undefined, is the best so far; then the checkpoint."""
@@ -1100,6 +1122,8 @@ def add_training(parser, groups, batch_size, scale):
     """The arguments of training that finetune.py and segment.py share."""
     train = parser.add_argument_group("training")
     train.add_argument("--epochs", type=int, default=50)
+    train.add_argument("--patience", type=int, default=0, metavar="N",
+                       help="end when validation has not improved for N epochs (default 0: never)")
     train.add_argument("--batch-size", type=int, default=batch_size, help=f"over all processes (default {batch_size})")
     train.add_argument("--lr", type=float, default=1e-4, help="peak learning rate of Adam (default, paper: 1e-4)")
     train.add_argument("--min-lr", type=float, default=1e-6, help="where the cosine ends (default, paper: 1e-6)")
@@ -1125,7 +1149,8 @@ def parse(parser, stage):
     args = parser.parse_args()
     args.stage = stage
     at_least = {"image_size": 1, "limit": 1, "epochs": 1, "batch_size": 1, "lr": 0, "weight_decay": 0, "warmup_steps": 0,
-                "clip_grad": 0, "min_lr": 0, "seed": 0, "rotate": 0}
+                "clip_grad": 0, "min_lr": 0, "seed": 0, "rotate": 0,
+                "patience": 0}
     for name, low in at_least.items():
         value = getattr(args, name, None)
         if value is not None and value < low:

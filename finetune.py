@@ -25,6 +25,8 @@ def arguments():
     train = common.add_training(parser, groups, 64, [0.8, 1.0])  # the paper's
     train.add_argument("--schedule", default="cosine", choices=["cosine", "plateau"],
                        help="after warm-up; plateau: lr / 10 when validation has not improved for 3 epochs")
+    train.add_argument("--class-weights", default="none", choices=["none", "balanced"],
+                       help="balanced: every class (or 0 and 1 of every label) weighs alike in the loss (paper: none)")
     groups["model"].add_argument("--freeze", action="store_true", help="linear probe: train the classifier alone")
     return common.parse(parser, "finetune")
 
@@ -62,11 +64,27 @@ def train_view(images, draws, args, mean, std):
     return common.normalize(common.color_jitter(images, draws, args.jitter), mean, std)
 
 
-def loss_function(logits, labels):
-    """Cross-entropy for classes (labels (B,) int64), binary cross-entropy for multilabel ((B, L) float)."""
+def balance(labels, names):
+    """The weights (C,) float32 of --class-weights balanced: of each class N / (C x its images), so that their mean over
+    images is 1 (labels (N,) int64); or of each label the ratio of its 0 to its 1 (labels (N, L) float)."""
     if labels.ndim == 1:
+        weights = len(labels) / (len(names) * np.bincount(labels, minlength=len(names)))
+    else:
+        ones = labels.sum(0)
+        weights = np.where(ones > 0, (len(labels) - ones) / ones.clip(1), 1)
+    say("class weights: " + ", ".join(f"{name} {weight:.3g}" for name, weight in zip(names, weights)))
+    return torch.tensor(weights, dtype=torch.float32)
+
+
+def loss_function(logits, labels, weights=None):
+    """Cross-entropy for classes (labels (B,) int64), each image with the weight of its class (C,); or binary
+    cross-entropy for multilabel ((B, L) float), the 1 of each label with its weight (L,)."""
+    if labels.ndim > 1:
+        return F.binary_cross_entropy_with_logits(logits.float(), labels, pos_weight=weights)
+    if weights is None:
         return F.cross_entropy(logits.float(), labels)
-    return F.binary_cross_entropy_with_logits(logits.float(), labels)
+    # PyTorch's own weighting divides by the weights of a batch, so that the loss would depend on how it is shared
+    return (weights[labels] * F.cross_entropy(logits.float(), labels, reduction="none")).mean()
 
 
 def freeze_backbone(model):
@@ -84,7 +102,7 @@ def probabilities(logits, task):
 
 # ---------------------------------------------------------------- training ----------------------------------
 
-def train_epoch(model, optimizer, scaler, dataset, args, run, epoch, rates):
+def train_epoch(model, optimizer, scaler, dataset, args, run, epoch, rates, weights):
     """One pass over train, at the rates (steps,) of its steps. Returns the mean loss and the images a second."""
     rows = dataset.rows["train"]
     mine = common.own_share(args.batch_size, run)
@@ -103,7 +121,7 @@ def train_epoch(model, optimizer, scaler, dataset, args, run, epoch, rates):
         view = train_view(images, draws, args, dataset.mean, dataset.std)
         with run.autocast():
             logits = model(view)
-        loss = loss_function(logits, labels[common.upload(order[step], run.device)])
+        loss = loss_function(logits, labels[common.upload(order[step], run.device)], weights)
         common.optimizer_step(loss, optimizer, scaler, args.clip_grad)
         total += loss.detach()
         if (step + 1) % common.CHECK_EVERY == 0 or step + 1 == len(order):
@@ -127,11 +145,17 @@ def fit(model, dataset, args, run, folder, pretrained_on):
         freeze_backbone(model)
     optimizer, scaler, parts, log = common.start_training(model, args, run, folder)
     wrapped = common.distribute(model, run, args.compile)
+    weights = None
+    if args.class_weights == "balanced":
+        weights = balance(dataset.labels[dataset.rows["train"]], dataset.classes).to(run.device)
     per_epoch = len(dataset.rows["train"]) // args.batch_size
     for epoch in range(len(log), args.epochs):
+        if args.patience and common.waited(log) >= args.patience:
+            say(f"validation has not improved for {args.patience} epochs, so training ends here")
+            break
         begin = time.time()
         rates = learning_rates(args, args.epochs * per_epoch, log)[epoch * per_epoch:]
-        loss, speed = train_epoch(wrapped, optimizer, scaler, dataset, args, run, epoch, rates)
+        loss, speed = train_epoch(wrapped, optimizer, scaler, dataset, args, run, epoch, rates, weights)
         values = validate(model, dataset, args, run)
         entry = {"epoch": epoch + 1, "loss": loss, "val": values, "lr": optimizer.param_groups[0]["lr"],
                  "images_per_second": speed, "seconds": time.time() - begin}
@@ -184,14 +208,14 @@ def finish(model, dataset, args, run, folder, log, pretrained_on):
     common.print_table(["", "val", "test"], [[name, common.show(best["val"][name]), common.show(test[name])]
                                              for name in common.METRICS if name in test])
     headline = f"{dataset.metric} {common.show(test[dataset.metric])}"
-    say(f"best epoch {best['epoch']} of {args.epochs}, {len(rows)} test images, {headline} "
+    say(f"best epoch {best['epoch']} of {len(log)}, {len(rows)} test images, {headline} "
         f"({common.interval_text(test)})")
     if test["undefined"]:
         say(f"not in the test split (or, of several labels, on all of it), left out of averages that need them: "
             f"{', '.join(test['undefined'])}")
     common.write_metrics(
         folder, dataset, run, args, pretrained_on=pretrained_on, freeze=args.freeze, val=best["val"], test=test,
-        best_epoch=best["epoch"], epochs=args.epochs, summary=f"test {headline}", **common.training_facts(model, log))
+        best_epoch=best["epoch"], epochs=len(log), summary=f"test {headline}", **common.training_facts(model, log))
 
 
 def predict(args, run):
@@ -222,6 +246,7 @@ def main():
         fail(f"--batch-size {args.batch_size} is more than the {len(dataset.rows['train'])} training images")
     model, pretrained_on = common.build_model(args.arch, args.init, args.image_size, len(dataset.classes), args.seed,
                                               args.init_key)
+    common.keep_classifier(model, common.classifier_prefixes(model), args.init, dataset.classes, dataset.task)
     model = common.to_device(model, run)
     folder = common.open_run(args, run, dataset, ["curves.png", "confusion.png"])
     log = fit(model, dataset, args, run, folder, pretrained_on)

@@ -469,6 +469,9 @@ def fit(model, dataset, args, run, folder, pretrained_on):
     steps = args.epochs * per_epoch
     rates = common.warmup_cosine(args.lr, args.min_lr, steps, min(args.warmup_steps, steps // 4))
     for epoch in range(len(log), args.epochs):
+        if args.patience and common.waited(log) >= args.patience:
+            say(f"validation has not improved for {args.patience} epochs, so training ends here")
+            break
         begin = time.time()
         loss, speed = train_epoch(wrapped, model.dropout, optimizer, scaler, dataset, args, run, epoch,
                                   rates[epoch * per_epoch:])
@@ -551,13 +554,13 @@ def finish(dataset, args, run, folder, log, pretrained_on):
         lines = [[name, show(line["iou"]), show(line["dice"])] for name, line in test["annotators"].items()]
         common.print_table(["against", "iou", "dice"], lines)
     headline = f"{dataset.metric} {show(test[dataset.metric])}"
-    say(f"best epoch {best['epoch']} of {args.epochs}, {len(rows)} test images, {headline} "
+    say(f"best epoch {best['epoch']} of {len(log)}, {len(rows)} test images, {headline} "
         f"({common.interval_text(test)}); the best constant mask has IoU {show(test['constant_iou'])}")
     if test["undefined"]:
         say(f"neither in the test split nor predicted, left out of the averages: {', '.join(test['undefined'])}")
     common.write_metrics(
         folder, dataset, run, args, pretrained_on=pretrained_on, val=best["val"], test=test, best_epoch=best["epoch"],
-        loss=args.loss, output_stride=args.output_stride, epochs=args.epochs, summary=f"test {headline}",
+        loss=args.loss, output_stride=args.output_stride, epochs=len(log), summary=f"test {headline}",
         **common.training_facts(model, log))
 
 
@@ -810,6 +813,7 @@ def main():
         fail(f"--batch-size {args.batch_size} is more than the {len(dataset.rows['train'])} training images")
     model, pretrained_on = build_segmenter(args.arch, args.init, args.image_size, args.output_stride,
                                            len(dataset.mask_classes), args.seed, args.init_key)
+    common.keep_classifier(model, "classifier.", args.init, dataset.mask_classes, "masks")
     model = common.to_device(model, run)
     folder = common.open_run(args, run, dataset, ["curves.png", "examples.png"])
     log = fit(model, dataset, args, run, folder, pretrained_on)
