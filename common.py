@@ -1047,6 +1047,14 @@ def start_training(model, args, run, folder):
     return optimizer, scaler, parts, resume(folder, run, parts)
 
 
+def score_log(log, metric):
+    """Set "score", by which the best entry of a log is chosen: validation's metric or, for all, minus its loss where the
+    metric is undefined in one."""
+    undefined = any(entry["val"][metric] is None for entry in log)
+    for entry in log:
+        entry["score"] = -entry["val"]["loss"] if undefined else entry["val"][metric]
+
+
 def waited(log):
     """Epochs since the best of a log."""
     scores = [entry["score"] for entry in log]
@@ -1060,11 +1068,9 @@ def end_epoch(entry, log, parts, weights, dataset, args, run, **own):
     if not math.isfinite(values["loss"]):
         fail(f"the loss on validation is not finite after epoch {entry['epoch']}; lower --lr, or try --amp off")
     headline = values[dataset.metric]
-    undefined = any(each["val"][dataset.metric] is None for each in [*log, entry])
-    for each in [*log, entry]:  # all by one measure
-        each["score"] = -each["val"]["loss"] if undefined else each["val"][dataset.metric]
-    best = entry["score"] > max((earlier["score"] for earlier in log), default=-math.inf)
     log.append(entry)
+    score_log(log, dataset.metric)
+    best = waited(log) == 0
     folder = Path(args.output)
     if run.rank == 0:  # model.pt first: were we killed between the two, the epoch would run again
         if best:
@@ -1307,6 +1313,11 @@ def save_checkpoint(folder, parts, log):
     """Replace checkpoint.pt by the state of parts {name: object with state_dict}, and log.jsonl by a line an epoch."""
     content = {name: part.state_dict() for name, part in parts.items()}
     write_atomic(folder / "checkpoint.pt", lambda part: torch.save({**content, "log": log}, part))
+    write_log(folder, log)
+
+
+def write_log(folder, log):
+    """log.jsonl: a line an entry."""
     lines = "".join(json.dumps(entry) + "\n" for entry in log)
     write_atomic(folder / "log.jsonl", lambda part: part.write_text(lines))
 
@@ -1575,13 +1586,13 @@ def draw_curves(path, xlabel, panels):
     save_figure(figure, path)
 
 
-def draw_training(path, log, loss, metric):
-    """curves.png of fine-tuning: the losses and the validation score by epoch."""
-    epochs = [entry["epoch"] for entry in log]
+def draw_training(path, log, loss, metric, x="epoch"):
+    """curves.png of fine-tuning: the losses and the validation score by epoch, or what else the entries count by."""
+    epochs = [entry[x] for entry in log]
     losses = {"train": (epochs, [entry["loss"] for entry in log]),
               "validation": (epochs, [entry["val"]["loss"] for entry in log])}
     scores = {"validation": (epochs, [math.nan if entry["val"][metric] is None else entry["val"][metric] for entry in log])}
-    draw_curves(path, "epoch", [("loss", loss, losses), (f"validation {metric}", metric, scores)])
+    draw_curves(path, x, [("loss", loss, losses), (f"validation {metric}", metric, scores)])
 
 
 def draw_grid(path, rows, captions=None, row_labels=None, title="", outlines=None, inches=1.2):

@@ -5,7 +5,8 @@
     python finetune.py --predict NEW_IMAGES --init runs/RUN/model.pt --output predictions/
 
 Matsoukas et al. 2023 (arXiv:2303.07034), section 3: Adam, learning rate 1e-4 after a linear warm-up, weight
-decay 1e-5, batch 64, cosine or plateau schedule, gradient norm clipped at 1. --freeze: the classifier alone.
+decay 1e-5, batch 64, cosine or plateau schedule, gradient norm clipped at 1. --freeze is a linear probe: logistic
+regression on the features of the frozen backbone, solved to convergence, its penalty chosen on validation.
 """
 import math
 import time
@@ -27,7 +28,8 @@ def arguments():
                        help="after warm-up; plateau: lr / 10 when validation has not improved for 3 epochs")
     train.add_argument("--class-weights", default="none", choices=["none", "balanced"],
                        help="balanced: every class (or 0 and 1 of every label) weighs alike in the loss (paper: none)")
-    groups["model"].add_argument("--freeze", action="store_true", help="linear probe: train the classifier alone")
+    groups["model"].add_argument("--freeze", action="store_true", help="linear probe: fit the classifier alone, to convergence; no epochs, rates or "
+                                      "augmentation")
     return common.parse(parser, "finetune")
 
 
@@ -64,10 +66,13 @@ def train_view(images, draws, args, mean, std):
     return common.normalize(common.color_jitter(images, draws, args.jitter), mean, std)
 
 
-def balance(labels, names):
-    """The weights (C,) float32 of --class-weights balanced: of each class N / (C x its images), so that their mean over
-    images is 1 (labels (N,) int64); or of each label the ratio of its 0 to its 1 (labels (N, L) float)."""
-    if labels.ndim == 1:
+def class_weights(dataset, args):
+    """The weights (C,) float32 of --class-weights balanced, None without: of each class N / (C x its images), so that
+    their mean over images is 1; or of each of several labels its images with 0 over those with 1."""
+    if args.class_weights == "none":
+        return None
+    labels, names = dataset.labels[dataset.rows["train"]], dataset.classes
+    if dataset.task == "classes":
         weights = len(labels) / (len(names) * np.bincount(labels, minlength=len(names)))
     else:
         ones = labels.sum(0)
@@ -80,19 +85,11 @@ def loss_function(logits, labels, weights=None):
     """Cross-entropy for classes (labels (B,) int64), each image with the weight of its class (C,); or binary
     cross-entropy for multilabel ((B, L) float), the 1 of each label with its weight (L,)."""
     if labels.ndim > 1:
-        return F.binary_cross_entropy_with_logits(logits.float(), labels, pos_weight=weights)
+        return F.binary_cross_entropy_with_logits(logits, labels, pos_weight=weights)
     if weights is None:
-        return F.cross_entropy(logits.float(), labels)
+        return F.cross_entropy(logits, labels)
     # PyTorch's own weighting divides by the weights of a batch, so that the loss would depend on how it is shared
-    return (weights[labels] * F.cross_entropy(logits.float(), labels, reduction="none")).mean()
-
-
-def freeze_backbone(model):
-    """Leave gradients to the classifier alone, and batch norm and drop path as at test time."""
-    model.eval().requires_grad_(False)
-    classifier = model.get_classifier()
-    for part in classifier if isinstance(classifier, tuple) else [classifier]:  # a distilled DeiT has two
-        part.requires_grad_(True)
+    return (weights[labels] * F.cross_entropy(logits, labels, reduction="none")).mean()
 
 
 def probabilities(logits, task):
@@ -109,7 +106,7 @@ def train_epoch(model, optimizer, scaler, dataset, args, run, epoch, rates, weig
     order = common.epoch_order(len(rows), args.batch_size, args.seed, epoch)[:, mine]  # (steps, share) positions in rows
     labels = torch.from_numpy(dataset.labels[rows]).to(run.device)
     torch.manual_seed(hash((args.seed, epoch)) % 2 ** 31)  # of dropout and drop path, where there are any
-    model.train(not args.freeze)
+    model.train()
     total = torch.zeros((), device=run.device)
     begin = time.time()
     loader = common.load_batches(dataset.images, rows[order], run.device)
@@ -121,7 +118,7 @@ def train_epoch(model, optimizer, scaler, dataset, args, run, epoch, rates, weig
         view = train_view(images, draws, args, dataset.mean, dataset.std)
         with run.autocast():
             logits = model(view)
-        loss = loss_function(logits, labels[common.upload(order[step], run.device)], weights)
+        loss = loss_function(logits.float(), labels[common.upload(order[step], run.device)], weights)
         common.optimizer_step(loss, optimizer, scaler, args.clip_grad)
         total += loss.detach()
         if (step + 1) % common.CHECK_EVERY == 0 or step + 1 == len(order):
@@ -139,15 +136,17 @@ def validate(model, dataset, args, run):
     return {"loss": loss, **common.all_metrics(dataset, labels, probabilities(logits, dataset.task))}
 
 
+def classifier_facts(dataset):
+    """What model.pt says of the classifier."""
+    return {"task": dataset.task, "classes": dataset.classes, "num_classes": len(dataset.classes)}
+
+
 def fit(model, dataset, args, run, folder, pretrained_on):
     """Train from the last checkpoint to the last epoch; model.pt is the best epoch. Returns the log."""
-    if args.freeze:
-        freeze_backbone(model)
     optimizer, scaler, parts, log = common.start_training(model, args, run, folder)
     wrapped = common.distribute(model, run, args.compile)
-    weights = None
-    if args.class_weights == "balanced":
-        weights = balance(dataset.labels[dataset.rows["train"]], dataset.classes).to(run.device)
+    weights = class_weights(dataset, args)
+    weights = weights if weights is None else weights.to(run.device)
     per_epoch = len(dataset.rows["train"]) // args.batch_size
     for epoch in range(len(log), args.epochs):
         if args.patience and common.waited(log) >= args.patience:
@@ -159,8 +158,86 @@ def fit(model, dataset, args, run, folder, pretrained_on):
         values = validate(model, dataset, args, run)
         entry = {"epoch": epoch + 1, "loss": loss, "val": values, "lr": optimizer.param_groups[0]["lr"],
                  "images_per_second": speed, "seconds": time.time() - begin}
-        common.end_epoch(entry, log, parts, model.state_dict(), dataset, args, run, task=dataset.task,
-                         classes=dataset.classes, num_classes=len(dataset.classes), pretrained_on=pretrained_on)
+        common.end_epoch(entry, log, parts, model.state_dict(), dataset, args, run, pretrained_on=pretrained_on,
+                         **classifier_facts(dataset))
+    common.barrier()  # the others must not read model.pt before it is written
+    return log
+
+
+# ---------------------------------------------------------------- the linear probe --------------------------
+
+STRENGTHS = [10.0 ** power for power in range(-5, 4)]  # C of scikit-learn: the weaker the penalty, the larger
+
+
+def logistic_regression(features, labels, count, strength, weights=None, start=None):
+    """The (weight (C, D), bias (C,)) float64 that minimise the sum of loss_function over features (N, D) float64 plus
+    |weight|^2 / (2 strength), by L-BFGS to convergence; `count` classes or labels, from `start` or zeros."""
+    weight, bias = start or (features.new_zeros(count, features.shape[1]), features.new_zeros(count))
+    weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=5000, max_eval=10000, tolerance_grad=1e-6, tolerance_change=1e-12,
+                                  history_size=20, line_search_fn="strong_wolfe")
+    terms = count if labels.ndim > 1 else 1  # the loss of several labels is a mean over them
+    rows = 2 if labels.ndim == 1 and count == 2 else 1  # of weights: for two classes scikit-learn penalises their difference
+
+    def objective():
+        optimizer.zero_grad()
+        loss = terms * loss_function(features @ weight.T + bias, labels, weights)
+        loss = loss + rows * (weight ** 2).sum() / (2 * strength * len(features))
+        loss.backward()
+        return loss
+    optimizer.step(objective)
+    return weight.detach(), bias.detach()
+
+
+def set_classifier(model, weight, bias):
+    """Give a model the linear classifier (weight (C, D), bias (C,)); a distilled DeiT, which averages two, twice."""
+    classifier = model.get_classifier()
+    for part in classifier if isinstance(classifier, tuple) else [classifier]:
+        if getattr(part, "weight", None) is None or part.weight.shape != weight.shape:
+            fail(f"--freeze: the classifier of {type(model).__name__} is no linear layer on its features")
+        part.weight.data.copy_(weight)
+        part.bias.data.copy_(bias)
+
+
+def probe(model, dataset, args, run, folder, pretrained_on):
+    """Fit the classifier on frozen features, for each of STRENGTHS; model.pt has the one that is best on validation.
+    Returns the log, an entry a strength."""
+    say("linear probe: features without augmentation, logistic regression; --epochs, --lr and the like play no part")
+    device = torch.device("cpu") if run.device.type == "mps" else run.device  # which has no float64
+    begin = time.time()
+    model.eval()
+    features, labels = {}, {}
+    for name in ("train", "val"):
+        rows = dataset.rows[name]
+        features[name] = common.extract(model, dataset, rows, args.image_size, run).double().to(device)
+        labels[name] = torch.from_numpy(dataset.labels[rows]).to(device)
+        labels[name] = labels[name].double() if dataset.task == "multilabel" else labels[name]
+    speed = sum(map(len, features.values())) / (time.time() - begin)
+    mean, std = features["train"].mean(0), features["train"].std(0, unbiased=False)
+    std[std == 0] = 1
+    x = {name: (values - mean) / std for name, values in features.items()}
+    weights = class_weights(dataset, args)
+    weights = weights if weights is None else weights.double().to(device)
+    log, solutions, solution = [], [], None
+    for strength in STRENGTHS:
+        begin = time.time()
+        solution = logistic_regression(x["train"], labels["train"], len(dataset.classes), strength, weights, solution)
+        logits = {name: values @ solution[0].T + solution[1] for name, values in x.items()}
+        losses = {name: loss_function(logits[name], labels[name], weights).item() for name in x}
+        scores = probabilities(logits["val"].cpu(), dataset.task)
+        values = common.all_metrics(dataset, dataset.labels[dataset.rows["val"]], scores)
+        log.append({"C": strength, "log10 C": math.log10(strength), "loss": losses["train"],
+                    "val": {"loss": losses["val"], **values}, "images_per_second": speed, "seconds": time.time() - begin})
+        solutions.append(solution)
+        say(f"C {strength:g}  loss {losses['train']:.4f}  val loss {losses['val']:.4f}  val {dataset.metric} "
+            f"{common.show(values[dataset.metric])}")
+    common.score_log(log, dataset.metric)
+    weight, bias = solutions[log.index(max(log, key=lambda entry: entry["score"]))]
+    set_classifier(model, weight / std, bias - weight @ (mean / std))
+    if run.rank == 0:
+        common.save_model(folder / "model.pt", model.state_dict(), dataset, args, pretrained_on=pretrained_on,
+                          **classifier_facts(dataset))
+        common.write_log(folder, log)
     common.barrier()  # the others must not read model.pt before it is written
     return log
 
@@ -201,21 +278,22 @@ def finish(model, dataset, args, run, folder, log, pretrained_on):
     test = common.score_test(dataset, scores)
     best = max(log, key=lambda entry: entry["score"])
     common.write_predictions(folder / "predictions.csv", dataset, rows, scores, dataset.classes, dataset.task)
-    common.draw_training(folder / "curves.png", log, "cross-entropy", dataset.metric)
+    chosen = f"C {best['C']:g}" if args.freeze else f"epoch {best['epoch']} of {len(log)}"
+    common.draw_training(folder / "curves.png", log, "cross-entropy", dataset.metric, "log10 C" if args.freeze else "epoch")
     if dataset.task == "classes":
         table = common.confusion(dataset.labels[rows], scores.argmax(1), len(dataset.classes))
         draw_confusion(folder / "confusion.png", table, dataset.classes)
     common.print_table(["", "val", "test"], [[name, common.show(best["val"][name]), common.show(test[name])]
                                              for name in common.METRICS if name in test])
     headline = f"{dataset.metric} {common.show(test[dataset.metric])}"
-    say(f"best epoch {best['epoch']} of {len(log)}, {len(rows)} test images, {headline} "
+    say(f"best {chosen}, {len(rows)} test images, {headline} "
         f"({common.interval_text(test)})")
     if test["undefined"]:
         say(f"not in the test split (or, of several labels, on all of it), left out of averages that need them: "
             f"{', '.join(test['undefined'])}")
     common.write_metrics(
         folder, dataset, run, args, pretrained_on=pretrained_on, freeze=args.freeze, val=best["val"], test=test,
-        best_epoch=best["epoch"], epochs=len(log), summary=f"test {headline}", **common.training_facts(model, log))
+        best_epoch=best.get("epoch"), epochs=0 if args.freeze else len(log), C=best.get("C"), summary=f"test {headline}", **common.training_facts(model, log))
 
 
 def predict(args, run):
@@ -242,14 +320,15 @@ def main():
     common.own_share(args.batch_size, run)
     dataset = common.load_dataset(args, labels=True)
     common.note_enlarged(dataset, args.image_size, common.centre_box(dataset.side)[1])
-    if len(dataset.rows["train"]) < args.batch_size:
+    if len(dataset.rows["train"]) < args.batch_size and not args.freeze:
         fail(f"--batch-size {args.batch_size} is more than the {len(dataset.rows['train'])} training images")
     model, pretrained_on = common.build_model(args.arch, args.init, args.image_size, len(dataset.classes), args.seed,
                                               args.init_key)
     common.keep_classifier(model, common.classifier_prefixes(model), args.init, dataset.classes, dataset.task)
     model = common.to_device(model, run)
     folder = common.open_run(args, run, dataset, ["curves.png", "confusion.png"])
-    log = fit(model, dataset, args, run, folder, pretrained_on)
+    train = probe if args.freeze else fit
+    log = train(model, dataset, args, run, folder, pretrained_on)
     finish(model, dataset, args, run, folder, log, pretrained_on)
 
 
