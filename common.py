@@ -301,7 +301,7 @@ def load_dataset(args, splits=SPLITS, labels=False, masks=False):
     if labels and dataset.task is None:
         instead = "; for its masks take segment.py" if dataset.masks is not None else ""
         fail(f"--data {args.data} has no labels, which {args.stage}.py needs{instead}")
-    if labels and dataset.task == "classes" and len(dataset.classes) < 2:
+    if labels and dataset.task == "classes" and len(dataset.classes) < 2 and "train" in splits:
         fail(f"--data {args.data} has one class, {dataset.classes[0]}: there is nothing to tell apart")
     if masks and dataset.masks is None:
         fail(f"--data {args.data} has no masks, which {args.stage}.py needs: prepare a folder with images/ and masks/")
@@ -315,7 +315,7 @@ def load_dataset(args, splits=SPLITS, labels=False, masks=False):
              "it with --classes in their order and --ordinal")
     if args.limit:
         dataset.rows["train"] = limit_images(dataset, "train", args.limit)
-    if labels and dataset.task == "classes":
+    if labels and dataset.task == "classes" and "train" in splits:
         seen = np.bincount(dataset.labels[dataset.rows["train"]], minlength=len(dataset.classes))
         unseen = [name for name, count in zip(dataset.classes, seen) if not count]
         if unseen:
@@ -324,8 +324,34 @@ def load_dataset(args, splits=SPLITS, labels=False, masks=False):
     counts = ", ".join(f"{count} {name}" for name, count in dataset.counts.items())
     named = f", {len(dataset.classes)} classes ({some(dataset.classes, 14)})" if dataset.classes and not masks else ""
     say(f"{dataset.name}: {counts} images{named}")
-    if labels and not args.metric:
+    if labels and not args.metric and "train" in splits:
         say(f"headline metric: {dataset.metric}, {dataset.metric_reason} (--metric names another)")
+    return dataset
+
+
+def load_external(args, meta, labels=False, masks=False):
+    """load_dataset of --test, seen as the model has seen its own data whose model.pt says `meta`; all is its test split.
+    The run counts as one of that model: its start, seed and headline metric, unless --metric names another."""
+    if args.init in NAMED_INITS or not meta.get("classes"):
+        fail(f"--test needs --init RUN/model.pt, a model that {args.stage}.py has trained")
+    if args.image_size != meta["image_size"]:
+        fail(f"--image-size {args.image_size}: --test shows a model its images at the {meta['image_size']} pixels of its training")
+    args.data = args.test
+    dataset = load_dataset(args, ["test"] if args.split == "test" else [], labels, masks)
+    if args.split == "all":
+        dataset.rows["test"] = np.sort(np.concatenate(list(dataset.rows.values())))
+    if args.split == "all" and meta.get("split") == dataset.fingerprint:
+        say(f"WARNING: {args.test} is what this model was trained on; scores of its training images tell nothing")
+    dataset.rows |= {"train": np.zeros(0, np.int64), "val": np.zeros(0, np.int64)}
+    if dataset.fit != meta["fit"]:
+        say(f"WARNING: {args.test} is prepared by --fit {dataset.fit}, what the model has seen by --fit {meta['fit']}: shapes "
+            "differ; prepare it again")
+    dataset.mean, dataset.std = meta["mean"], meta["std"]
+    dataset.metric = args.metric or meta.get("metric", dataset.metric)
+    dataset.ordinal = meta.get("ordinal", dataset.ordinal)
+    args.init_label, args.seed = meta["init"], meta.get("seed", args.seed)
+    args.output = args.output or (f"runs/{args.stage}-{meta['dataset']}-on-{dataset.name}-{args.arch}-{args.init_label}"
+                                  f"-s{args.seed}")
     return dataset
 
 
@@ -1145,6 +1171,8 @@ def add_training(parser, groups, batch_size, scale):
     add_views(train, "both")
     groups["run"].add_argument("--predict", metavar="FOLDER_OR_CSV",
                                help="no training: what the model of --init says of these images")
+    groups["run"].add_argument("--test", metavar="DIR", help="no training: the model of --init on another prepared folder")
+    groups["run"].add_argument("--split", default="test", choices=["test", "all"], help="--test: of its images (default test)")
     groups["run"].add_argument("--skip-broken", action="store_true", help="--predict: leave out what cannot be decoded")
     return train
 
@@ -1332,7 +1360,8 @@ def save_model(path, weights, dataset, args, **own):
     """model.pt: weights in timm's names, and what a later stage needs to use them."""
     content = {"stage": args.stage, "arch": args.arch, "init": args.init_label, "dataset": dataset.name,
                "image_size": args.image_size, "side": dataset.side, "fit": dataset.fit, "mean": dataset.mean,
-               "std": dataset.std, **own, "state_dict": {name: w.cpu().contiguous() for name, w in weights.items()}}
+               "std": dataset.std, "metric": dataset.metric, "ordinal": dataset.ordinal, "seed": args.seed,
+               "split": dataset.fingerprint, **own, "state_dict": {name: w.cpu().contiguous() for name, w in weights.items()}}
     write_atomic(path, lambda part: torch.save(content, part))
 
 
@@ -1475,8 +1504,9 @@ def bootstrap_interval(score, count, groups=None, seed=0, resamples=1000):
 
 
 def guess(dataset, count):
-    """What one says who always guesses: the share of each class, or label, in train, (count, C) float64."""
-    labels = dataset.labels[dataset.rows["train"]]
+    """What one says who always guesses: the share of each class, or label, in train (of --test, where there is none, in
+    what is tested), (count, C) float64."""
+    labels = dataset.labels[dataset.rows["train"] if len(dataset.rows["train"]) else dataset.rows["test"]]
     if dataset.task == "classes":
         labels = np.eye(len(dataset.classes))[labels]
     return np.tile(labels.mean(0, dtype=np.float64), (count, 1))

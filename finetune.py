@@ -2,6 +2,7 @@
 
     python finetune.py --arch resnet18 --image-size 96 --epochs 20
     torchrun --nproc_per_node 4 finetune.py --data data/mine --arch deit_small --init imagenet
+    python finetune.py --test data/other_hospital --init runs/RUN/model.pt
     python finetune.py --predict NEW_IMAGES --init runs/RUN/model.pt --output predictions/
 
 Matsoukas et al. 2023 (arXiv:2303.07034), section 3: Adam, learning rate 1e-4 after a linear warm-up, weight
@@ -266,34 +267,106 @@ def draw_confusion(path, table, classes):
     common.save_figure(figure, path)
 
 
-def finish(model, dataset, args, run, folder, log, pretrained_on):
-    """Test the best epoch once; write predictions.csv, the pictures and, last, metrics.json."""
-    weights, _ = common.read_checkpoint(folder / "model.pt")
-    model.load_state_dict(weights)
+def test(model, dataset, args, run, folder, columns=slice(None)):
+    """Test a model once, of several labels on some `columns` of its outputs; write predictions.csv and confusion.png.
+    Returns the scores on rank 0."""
     rows = dataset.rows["test"]
-    logits = common.outputs(model.eval(), len(dataset.classes), dataset, rows, args.image_size, run)
+    logits = common.outputs(model.eval(), model.num_classes, dataset, rows, args.image_size, run)[:, columns]
     if run.rank > 0:
-        return
+        return None
     scores = probabilities(logits, dataset.task)
-    test = common.score_test(dataset, scores)
-    best = max(log, key=lambda entry: entry["score"])
+    result = common.score_test(dataset, scores)
     common.write_predictions(folder / "predictions.csv", dataset, rows, scores, dataset.classes, dataset.task)
-    chosen = f"C {best['C']:g}" if args.freeze else f"epoch {best['epoch']} of {len(log)}"
-    common.draw_training(folder / "curves.png", log, "cross-entropy", dataset.metric, "log10 C" if args.freeze else "epoch")
     if dataset.task == "classes":
         table = common.confusion(dataset.labels[rows], scores.argmax(1), len(dataset.classes))
         draw_confusion(folder / "confusion.png", table, dataset.classes)
-    common.print_table(["", "val", "test"], [[name, common.show(best["val"][name]), common.show(test[name])]
-                                             for name in common.METRICS if name in test])
-    headline = f"{dataset.metric} {common.show(test[dataset.metric])}"
-    say(f"best {chosen}, {len(rows)} test images, {headline} "
-        f"({common.interval_text(test)})")
-    if test["undefined"]:
+    return result
+
+
+def tell(dataset, val, result, chosen):
+    """Print the scores of validation, {} without, and test. Returns the headline as text."""
+    shown = [[name, common.show(val[name])] if val else [name] for name in common.METRICS if name in result]
+    head = ["", "val", "test"] if val else ["", "test"]
+    common.print_table(head, [[*cells, common.show(result[cells[0]])] for cells in shown])
+    headline = f"{dataset.metric} {common.show(result[dataset.metric])}"
+    say(f"{chosen}, {len(dataset.rows['test'])} test images, {headline} ({common.interval_text(result)})")
+    if result["undefined"]:
         say(f"not in the test split (or, of several labels, on all of it), left out of averages that need them: "
-            f"{', '.join(test['undefined'])}")
+            f"{', '.join(result['undefined'])}")
+    return headline
+
+
+def finish(model, dataset, args, run, folder, log, pretrained_on):
+    """Test the best epoch, or the best penalty of the probe, once; write the pictures and, last, metrics.json."""
+    weights, _ = common.read_checkpoint(folder / "model.pt")
+    model.load_state_dict(weights)
+    result = test(model, dataset, args, run, folder)
+    if result is None:
+        return
+    best = max(log, key=lambda entry: entry["score"])
+    if args.freeze:
+        x, chosen, own = "log10 C", f"best C {best['C']:g}", {"C": best["C"], "epochs": 0}
+    else:
+        x, chosen = "epoch", f"best epoch {best['epoch']} of {len(log)}"
+        own = {"best_epoch": best["epoch"], "epochs": len(log)}
+    common.draw_training(folder / "curves.png", log, "cross-entropy", dataset.metric, x)
+    headline = tell(dataset, best["val"], result, chosen)
+    common.write_metrics(folder, dataset, run, args, pretrained_on=pretrained_on, freeze=args.freeze, val=best["val"],
+                         test=result, summary=f"test {headline}", **own, **common.training_facts(model, log))
+
+
+# ---------------------------------------------------------------- other images ------------------------------
+
+def match_classes(dataset, meta):
+    """Give a dataset, in place, the classes of a trained model, by name: labels are numbered as the model does. Images of
+    a class that the model does not know leave the test; of several labels those count that both have. Returns the columns
+    of the model's outputs that are scored."""
+    if dataset.task != meta["task"]:
+        fail(f"--test {dataset.folder} has {'several labels' if dataset.task == 'multilabel' else 'one class'} an image, "
+             "the model of --init the other")
+    shared = [name for name in meta["classes"] if name in dataset.classes]
+    absent = [name for name in meta["classes"] if name not in shared]
+    unknown = [name for name in dataset.classes if name not in shared]
+    if not shared:
+        fail(f"--test {dataset.folder}: its classes, {common.some(dataset.classes, 14)}, are none of the model's, "
+             f"{common.some(meta['classes'], 14)}; name them alike")
+    if absent:
+        say(f"note: the model's {common.some(absent, 14)} is not in {dataset.name}")
+    if dataset.task == "multilabel":
+        if unknown:
+            say(f"note: the model does not know {common.some(unknown, 14)} of {dataset.name}: not scored")
+        dataset.labels = dataset.labels[:, [dataset.classes.index(name) for name in shared]]
+        dataset.classes = shared
+        return [meta["classes"].index(name) for name in shared]
+    number = np.array([meta["classes"].index(name) if name in shared else -1 for name in dataset.classes])
+    dataset.labels = number[dataset.labels]
+    rows = dataset.rows["test"]
+    dataset.rows["test"] = rows[dataset.labels[rows] >= 0]
+    if unknown:
+        say(f"WARNING: the model does not know {common.some(unknown, 14)} of {dataset.name}: {np.sum(dataset.labels[rows] < 0)} "
+            "images of it are left out")
+    dataset.classes = meta["classes"]
+    return slice(None)
+
+
+def test_elsewhere(args, run):
+    """--test: the model of --init on another prepared folder, as a run of its own."""
+    model, meta = common.load_trained(args.init)
+    dataset = common.load_external(args, meta, labels=True)
+    columns = match_classes(dataset, meta)
+    if not len(dataset.rows["test"]):
+        fail(f"--test {args.test}: no image is left to test")
+    folder = common.open_run(args, run, dataset, ["confusion.png"])
+    begin = time.time()
+    model = common.to_device(model, run)
+    result = test(model, dataset, args, run, folder, columns)
+    if result is None:
+        return
+    headline = tell(dataset, {}, result, f"trained on {meta['dataset']}, tested on {dataset.name}")
     common.write_metrics(
-        folder, dataset, run, args, pretrained_on=pretrained_on, freeze=args.freeze, val=best["val"], test=test,
-        best_epoch=best.get("epoch"), epochs=0 if args.freeze else len(log), C=best.get("C"), summary=f"test {headline}", **common.training_facts(model, log))
+        folder, dataset, run, args, trained_on=meta["dataset"], pretrained_on=meta.get("pretrained_on"), val={}, test=result,
+        epochs=0, parameters=sum(p.numel() for p in model.parameters()), seconds=time.time() - begin,
+        summary=f"test {headline}")
 
 
 def predict(args, run):
@@ -312,11 +385,13 @@ def predict(args, run):
 
 
 def main():
-    """Train, validate, test; or predict."""
+    """Train, validate, test; or test elsewhere; or predict."""
     args = arguments()
     run = common.start(args)
     if args.predict:
         return predict(args, run)
+    if args.test:
+        return test_elsewhere(args, run)
     common.own_share(args.batch_size, run)
     dataset = common.load_dataset(args, labels=True)
     common.note_enlarged(dataset, args.image_size, common.centre_box(dataset.side)[1])

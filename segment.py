@@ -3,6 +3,7 @@ or draw two runs beside the truth.
 
     python segment.py --arch resnet50 --image-size 128 --epochs 10
     torchrun --nproc_per_node 4 segment.py --data data/mine --arch deit_small --init imagenet
+    python segment.py --test data/other_hospital --init runs/RUN/model.pt
     python segment.py --predict NEW_IMAGES --init runs/RUN/model.pt --output masks/
     python segment.py --compare runs/RESNET runs/DEIT --output comparison.png
 
@@ -528,40 +529,102 @@ def draw_examples(path, dataset, rows, predicted, iou):
     common.draw_grid(path, [pictures], [captions], None, title, [outlines], 2)
 
 
-def finish(dataset, args, run, folder, log, pretrained_on):
-    """Test the best epoch once; write test_masks/, predictions.csv, the pictures and, last, metrics.json."""
-    model = common.to_device(load_segmenter(folder / "model.pt")[0], run)
+def test(model, dataset, args, run, folder, columns=slice(None)):
+    """Test a model once, on some `columns` of its classes; write test_masks/, predictions.csv and examples.png. Returns
+    the scores on rank 0."""
     rows = dataset.rows["test"]
     table, losses = evaluate(model, dataset, rows, args, run, folder / "test_masks")
     common.barrier()  # all masks are written
     if run.rank > 0:
-        return
+        return None
     predicted = read_masks(folder / "test_masks", rows, len(dataset.mask_classes))
-    test = {"loss": float(losses.mean()),
-            **score_masks(table, dataset.mask_classes),
-            "interval": headline_interval(table, dataset.metric, dataset.groups_of(rows)),
-            "constant_iou": constant_score(dataset, run.device), "annotators": score_annotators(dataset, predicted)}
+    annotators = score_annotators(dataset, predicted)
+    table = table[:, columns]
+    dataset.mask_classes = np.array(dataset.mask_classes)[columns].tolist()
     write_predictions(folder / "predictions.csv", dataset, table)
     iou = np.ma.masked_invalid(overlap(table[:, 1:])[0]).mean(1).filled(math.nan)
     draw_examples(folder / "examples.png", dataset, rows, predicted, iou)
-    common.draw_training(folder / "curves.png", log, args.loss, dataset.metric)
-    best = max(log, key=lambda entry: entry["score"])
+    return {"loss": float(losses.mean()), **score_masks(table, dataset.mask_classes),
+            "interval": headline_interval(table, dataset.metric, dataset.groups_of(rows)),
+            "constant_iou": constant_score(dataset, run.device), "annotators": annotators}
+
+
+def tell(dataset, result, chosen):
+    """Print the scores of the test. Returns the headline as text."""
     show = common.show
-    lines = {**test["classes"], "mean of foreground": test}
+    lines = {**result["classes"], "mean of foreground": result}
     common.print_table(["test", *SCORES, *COUNTS], [
         [name, *(show(line[score]) for score in SCORES), *(line[count] for count in COUNTS)] for name, line in lines.items()])
-    if test["annotators"]:
-        lines = [[name, show(line["iou"]), show(line["dice"])] for name, line in test["annotators"].items()]
+    if result["annotators"]:
+        lines = [[name, show(line["iou"]), show(line["dice"])] for name, line in result["annotators"].items()]
         common.print_table(["against", "iou", "dice"], lines)
-    headline = f"{dataset.metric} {show(test[dataset.metric])}"
-    say(f"best epoch {best['epoch']} of {len(log)}, {len(rows)} test images, {headline} "
-        f"({common.interval_text(test)}); the best constant mask has IoU {show(test['constant_iou'])}")
-    if test["undefined"]:
-        say(f"neither in the test split nor predicted, left out of the averages: {', '.join(test['undefined'])}")
+    headline = f"{dataset.metric} {show(result[dataset.metric])}"
+    say(f"{chosen}, {len(dataset.rows['test'])} test images, {headline} ({common.interval_text(result)}); the best constant "
+        f"mask has IoU {show(result['constant_iou'])}")
+    if result["undefined"]:
+        say(f"neither in the test split nor predicted, left out of the averages: {', '.join(result['undefined'])}")
+    return headline
+
+
+def finish(dataset, args, run, folder, log, pretrained_on):
+    """Test the best epoch once; write the pictures and, last, metrics.json."""
+    model = common.to_device(load_segmenter(folder / "model.pt")[0], run)
+    result = test(model, dataset, args, run, folder)
+    if result is None:
+        return
+    common.draw_training(folder / "curves.png", log, args.loss, dataset.metric)
+    best = max(log, key=lambda entry: entry["score"])
+    headline = tell(dataset, result, f"best epoch {best['epoch']} of {len(log)}")
     common.write_metrics(
-        folder, dataset, run, args, pretrained_on=pretrained_on, val=best["val"], test=test, best_epoch=best["epoch"],
+        folder, dataset, run, args, pretrained_on=pretrained_on, val=best["val"], test=result, best_epoch=best["epoch"],
         loss=args.loss, output_stride=args.output_stride, epochs=len(log), summary=f"test {headline}",
         **common.training_facts(model, log))
+
+
+# ---------------------------------------------------------------- another dataset ---------------------------
+
+def match_masks(dataset, meta):
+    """Give a dataset, in place, the mask classes of a trained model, by name. Pixels of a class that the model does not
+    know count nowhere. Returns the columns of the model's classes that the dataset has, which are scored."""
+    names = meta["classes"]
+    shared = [name for name in names[1:] if name in dataset.mask_classes[1:]]
+    absent = [name for name in names[1:] if name not in shared]
+    unknown = [name for name in dataset.mask_classes[1:] if name not in shared]
+    if not shared:
+        fail(f"--test {dataset.folder}: its masks' classes, {common.some(dataset.mask_classes[1:], 14)}, are none of the "
+             f"model's, {common.some(names[1:], 14)}; name them alike, under mask_classes in its dataset.json")
+    if absent:
+        say(f"note: {dataset.name} has no masks of the model's {common.some(absent, 14)}: not scored")
+    if unknown:
+        say(f"WARNING: the model does not know {common.some(unknown, 14)} of {dataset.name}: its pixels count nowhere")
+    if dataset.mask_classes != names:
+        number = np.full(256, 255, np.uint8)
+        number[0] = 0
+        for value, name in enumerate(dataset.mask_classes[1:], 1):
+            number[value] = names.index(name) if name in shared else 255
+        if dataset.ignore is not None:
+            number[dataset.ignore] = 255
+        dataset.masks = number[dataset.masks]
+        dataset.mask_classes, dataset.ignore = names, 255
+    return [0, *(names.index(name) for name in shared)]
+
+
+def test_elsewhere(args, run):
+    """--test: the model of --init on another prepared folder, as a run of its own."""
+    model, meta = load_segmenter(args.init)
+    dataset = common.load_external(args, meta, masks=True)
+    check_masks(dataset)
+    columns = match_masks(dataset, meta)
+    folder = common.open_run(args, run, dataset, ["examples.png"])
+    begin = time.time()
+    result = test(common.to_device(model, run), dataset, args, run, folder, columns)
+    if result is None:
+        return
+    headline = tell(dataset, result, f"trained on {meta['dataset']}, tested on {dataset.name}")
+    common.write_metrics(
+        folder, dataset, run, args, trained_on=meta["dataset"], pretrained_on=meta.get("pretrained_on"), val={}, test=result,
+        output_stride=meta["output_stride"], epochs=0, parameters=sum(p.numel() for p in model.parameters()),
+        seconds=time.time() - begin, summary=f"test {headline}")
 
 
 # ---------------------------------------------------------------- new images --------------------------------
@@ -798,9 +861,11 @@ def compare(args, run):
 
 
 def main():
-    """Train, validate, test; or predict; or compare."""
+    """Train, validate, test; or test elsewhere; or predict; or compare."""
     args = arguments()
     run = common.start(args)
+    if args.test:
+        return test_elsewhere(args, run)
     if args.predict:
         return predict(args, run)
     if args.compare:
