@@ -92,7 +92,7 @@ def measure(model, read, dataset, rows, image_size, args, run):
     return {"uniform": uniform, "mean": mean.numpy(), "error": error.numpy()}
 
 
-def open_model(name, args):
+def open_model(name, dataset, args):
     """(model, attention reader, facts, mean and std or {}) of one of --runs, which has an arch and a size of its own
     where it is a checkpoint."""
     init, label, meta = name, name, {}
@@ -103,6 +103,7 @@ def open_model(name, args):
         init = str(path)
         label = path.resolve().parent.name if path.name == "model.pt" else path.stem
         meta = common.read_checkpoint(path, args.init_key)[1]
+        common.check_fold(f"--runs {name}", meta, dataset, args.fold)
     arch = meta.get("arch", args.arch)
     image_size = meta.get("image_size", args.image_size)
     model, pretrained_on = common.build_model(arch, init, image_size, 0, args.seed, args.init_key)
@@ -166,7 +167,7 @@ def main():
     run = common.start(args)
     timm.layers.set_fused_attn(False)  # before any model is built: fused attention never forms the map
     dataset = common.load_dataset(args, ("test",))
-    models = [open_model(name, args) for name in args.runs]
+    models = [open_model(name, dataset, args) for name in args.runs]
     rows = common.limit_images(dataset, "test", args.images)
     if len(rows) < max(2, run.world):
         fail(f"{len(rows)} test images are too few, for a standard error or for {run.world} processes")

@@ -91,6 +91,7 @@ class Dataset:
     classes: list
     labels: np.ndarray
     groups: list
+    folds: np.ndarray
     mask_classes: list
     metric: str
     metric_reason: str
@@ -257,6 +258,12 @@ def open_dataset(folder):
     groups = None
     if "group" in columns:  # a blank one is a group of its own
         groups = [group or path for group, path in zip(columns["group"], columns["image"])]
+    folds = None
+    if "fold" in columns:
+        try:
+            folds = np.array([int(cell or -1) for cell in columns["fold"]])
+        except ValueError as error:
+            fail(f"{file}: folds must be whole numbers, or blank for an image in none ({error})")
     mask_classes = meta.get("mask_classes") or (["background", "lesion"] if masks is not None else [])
     geometry = [images.shape, meta.get("fit"), classes, mask_classes, meta.get("ignore"), meta.get("masks")]
     digest.update(json.dumps(geometry).encode())
@@ -271,7 +278,7 @@ def open_dataset(folder):
     return Dataset(
         folder=folder, name=meta.get("name") or folder.resolve().name, images=images, masks=masks,
         paths=list(columns["image"]), sizes=sizes, rows=rows, task=task, classes=classes, labels=labels,
-        groups=groups, mask_classes=mask_classes,
+        groups=groups, folds=folds, mask_classes=mask_classes,
         metric=metric, metric_reason=reason, ordinal=ordinal, mean=mean, std=std, fit=meta.get("fit", "squash"),
         ignore=meta.get("ignore"), leakage=meta.get("leakage", {}), fingerprint=digest.hexdigest())
 
@@ -292,12 +299,36 @@ def fitting_metric(task, classes, labels, ordinal):
     return "accuracy", "of classes of like size"
 
 
+def choose_fold(dataset, fold):
+    """Test on a fold, in place: validate on what the split has for val in the others, train on all else in them."""
+    there = [] if dataset.folds is None else np.unique(dataset.folds[dataset.folds >= 0]).tolist()
+    if fold not in there:
+        fail(f"--fold {fold}: {dataset.folder} has {f'the folds {some(there, 30)}' if there else 'no folds'}; prepare.py "
+             "--folds 5 makes them")
+    test = dataset.folds == fold
+    val = np.zeros(len(test), bool)
+    val[dataset.rows["val"]] = True
+    known = dataset.folds >= 0
+    dataset.rows = {"train": np.flatnonzero(known & ~test & ~val), "val": np.flatnonzero(known & ~test & val),
+                    "test": np.flatnonzero(test)}
+
+
+def check_fold(path, meta, dataset, fold):
+    """Refuse a model that has been trained on another fold of the same data: it has seen what is to be tested."""
+    if meta.get("split") == dataset.fingerprint and meta.get("fold") != fold:
+        seen = "without --fold" if meta["fold"] is None else f"with --fold {meta['fold']}"
+        fail(f"{path} was trained on this data {seen}, so that it has seen images of this test; train one for each fold")
+
+
 def load_dataset(args, splits=SPLITS, labels=False, masks=False):
-    """open_dataset of --data, with --metric and --limit applied, and checked for what a stage needs of it: images in
-    `splits`, labels, masks."""
+    """open_dataset of --data, with --fold, --metric and --limit applied, and checked for what a stage needs of it: images
+    in `splits`, labels, masks."""
     if Path(args.data) == Path(DEMO) and Path(__file__).with_name("prepare.py").exists():
         run_prepare(args.data, "demo", "--layout", "demo")
     dataset = open_dataset(args.data)
+    if args.fold is not None:
+        choose_fold(dataset, args.fold)
+    check_fold(f"--init {args.init}", args.start, dataset, args.fold)
     if labels and dataset.task is None:
         instead = "; for its masks take segment.py" if dataset.masks is not None else ""
         fail(f"--data {args.data} has no labels, which {args.stage}.py needs{instead}")
@@ -332,8 +363,6 @@ def load_dataset(args, splits=SPLITS, labels=False, masks=False):
 def load_external(args, meta, labels=False, masks=False):
     """load_dataset of --test, seen as the model has seen its own data whose model.pt says `meta`; all is its test split.
     The run counts as one of that model: its start, seed and headline metric, unless --metric names another."""
-    if args.init in NAMED_INITS or not meta.get("classes"):
-        fail(f"--test needs --init RUN/model.pt, a model that {args.stage}.py has trained")
     if args.image_size != meta["image_size"]:
         fail(f"--image-size {args.image_size}: --test shows a model its images at the {meta['image_size']} pixels of its training")
     args.data = args.test
@@ -1125,6 +1154,7 @@ def make_parser(description):
     data, model, run = (parser.add_argument_group(name) for name in ("data", "model", "run"))
     data.add_argument("--data", default=DEMO, metavar="DIR",
                       help=f"a folder that prepare.py has made (default {DEMO}, which makes itself)")
+    data.add_argument("--fold", type=int, metavar="K", help="test on fold K of prepare.py --folds, train on the others")
     data.add_argument("--limit", type=int, help="use N training images, classes in proportion")
     data.add_argument("--metric", choices=METRICS, help="headline metric (default: the dataset's)")
     model.add_argument("--image-size", type=int,
@@ -1192,6 +1222,9 @@ def parse(parser, stage):
     if hasattr(args, "scale") and not 0 < args.scale[0] <= args.scale[1] <= 1:
         fail(f"--scale {args.scale[0]} {args.scale[1]}: expected 0 < LOW <= HIGH <= 1")
     meta = {}
+    given = [f"--{name}" for name in ("predict", "test") if getattr(args, name, None)]
+    if given and args.init in NAMED_INITS:
+        fail(f"{given[0]} needs --init RUN/model.pt, a model that {stage}.py has trained")
     if args.init not in NAMED_INITS:
         _, meta = read_checkpoint(args.init, args.init_key)
         if meta and args.arch and ARCHS.get(args.arch, args.arch) != ARCHS.get(meta["arch"], meta["arch"]):
@@ -1199,6 +1232,7 @@ def parse(parser, stage):
     args.arch = args.arch or meta.get("arch") or "deit_small"
     args.image_size = args.image_size or meta.get("image_size") or 224
     args.init_label = init_label(args.init, meta)
+    args.start = {"split": meta.get("split"), "fold": meta.get("fold")}
     return args
 
 
@@ -1229,14 +1263,15 @@ def device_name(device):
 
 RUN_FILES = ["args.json", "log.jsonl", "checkpoint.pt", "model.pt", "predictions.csv", "metrics.json"]
 # these change no result (of a device what matters is its precision, --amp); the data are compared by their fingerprint
-NOT_COMPARED = {"output", "overwrite", "device", "predict", "skip_broken", "on_collapse", "export", "data"}
+NOT_COMPARED = {"output", "overwrite", "device", "predict", "skip_broken", "on_collapse", "export", "data", "start"}
 
 
 def open_run(args, run, dataset, own_files=()):
     """Make the run folder, fresh or to be resumed, lock it for as long as this process lives and write args.json. Ends
     the script if the same run is complete. A folder that holds a run with other arguments or on other data is an error
     naming them, unless --overwrite, which removes the files of that run, among them the stage's `own_files`."""
-    folder = Path(args.output or f"runs/{args.stage}-{dataset.name}-{args.arch}-{args.init_label}-s{args.seed}")
+    fold = "" if args.fold is None else f"-f{args.fold}"
+    folder = Path(args.output or f"runs/{args.stage}-{dataset.name}-{args.arch}-{args.init_label}-s{args.seed}{fold}")
     args.output = str(folder)
     if folder.exists() and not folder.is_dir():
         fail(f"--output {folder} is a file, not a folder")
@@ -1361,7 +1396,7 @@ def save_model(path, weights, dataset, args, **own):
     content = {"stage": args.stage, "arch": args.arch, "init": args.init_label, "dataset": dataset.name,
                "image_size": args.image_size, "side": dataset.side, "fit": dataset.fit, "mean": dataset.mean,
                "std": dataset.std, "metric": dataset.metric, "ordinal": dataset.ordinal, "seed": args.seed,
-               "split": dataset.fingerprint, **own, "state_dict": {name: w.cpu().contiguous() for name, w in weights.items()}}
+               "split": dataset.fingerprint, "fold": args.fold, **own, "state_dict": {name: w.cpu().contiguous() for name, w in weights.items()}}
     write_atomic(path, lambda part: torch.save(content, part))
 
 
@@ -1370,14 +1405,13 @@ def write_metrics(folder, dataset, run, args, **own):
     write_json(folder / "metrics.json", {
         "stage": args.stage, "dataset": dataset.name, "arch": args.arch, "init": args.init_label, "seed": args.seed,
         "image_size": args.image_size, "metric": dataset.metric, "counts": dataset.counts, "split": dataset.fingerprint,
+        "fold": args.fold, "folds": None if args.fold is None else len(set(dataset.folds[dataset.folds >= 0].tolist())),
         "leakage": dataset.leakage, "device": device_name(run.device), "amp": run.amp, "world_size": run.world, **own})
     say(f"written: {folder}")
 
 
 def predictions_folder(args):
     """Where --predict writes, and that it may."""
-    if args.init in NAMED_INITS:
-        fail(f"--predict needs --init RUN/model.pt, a model that {args.stage}.py has trained")
     folder = Path(args.output or "predictions")
     for name in ("predictions.csv", "masks"):
         if (folder / name).exists() and not args.overwrite and not (folder / "args.json").exists():

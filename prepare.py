@@ -15,6 +15,7 @@ import ctypes
 import hashlib
 import io
 import json
+import math
 import os
 import random
 import re
@@ -79,6 +80,7 @@ def arguments(argv=None):
     split.add_argument("--split", type=float, nargs=3, default=[0.7, 0.15, 0.15], metavar=("TRAIN", "VAL", "TEST"),
                        help="shares where splits are not given (default 0.7 0.15 0.15; 0 0 1: an external test set)")
     split.add_argument("--split-seed", type=int, default=42, help="(default, paper: 42)")
+    split.add_argument("--folds", type=int, metavar="K", help="also a column fold, for --fold of the stages: cross-validation")
     split.add_argument("--leakage", choices=["warn", "drop", "error"],
                        help="identical images, or a patient, in two splits: say so (default), take them out of train, stop")
     args = parser.parse_args(argv)
@@ -89,6 +91,8 @@ def arguments(argv=None):
     for name in ("classes", "mask_classes", "label_column"):
         if getattr(args, name):
             setattr(args, name, [part.strip() for part in getattr(args, name).split(",")])
+    if args.folds is not None and args.folds < 2:
+        fail(f"--folds {args.folds}: at least 2")
     if args.ordinal and not args.classes:
         fail("--ordinal needs the grades in their order: --classes \"No DR,Mild,Moderate\"")
     if args.mask_classes and (len(args.mask_classes) < 2 or not all(args.mask_classes)):
@@ -104,6 +108,7 @@ class Row:
     label: object = None  # the name of its class, or 0/1 of each class
     split: str = None  # train, val, test, "" for none; None where the source has no splits
     group: str = None
+    fold: int = None
     masks: list = None  # [(class or None, file), ...]
     experts: dict = field(default_factory=dict)  # {annotator: like masks}
 
@@ -1010,25 +1015,27 @@ def label_text(source, row):
 # ---------------------------------------------------------------- splits ------------------------------------
 
 def share_out(flags, units, shares, rng, least):
-    """Split images into parts of the given shares: [0, 1 or 2] an image. Iterative stratification (Sechidis et al. 2011,
+    """Split images into parts of the given shares: [0, 1, ...] an image. Iterative stratification (Sechidis et al. 2011,
     algorithm 1): the label with the fewest images left goes first, each of its units to the part that lacks it most;
     what rounding gave a part too much counts against it at the next label. flags (N, L) bool; units: lists of images
-    that stay together; least: a label with so many images stands in every part."""
+    that stay together; least: a label with so many images stands in every part, one with fewer in the first alone (None:
+    no such rule)."""
     flags = np.concatenate([flags, ~flags.any(1, keepdims=True)], 1)  # no label at all is a label too
     counts = np.array([flags[unit].sum(0) for unit in units])
     totals = flags.sum(0)
-    parts = [p for p in range(3) if shares[p] > 0]
-    one_label = (flags.sum(1) == 1).all()
+    parts = [p for p, share in enumerate(shares) if share > 0]
+    one_label = least is not None and (flags.sum(1) == 1).all()
+    least = math.inf if least is None else least
     room = apportion(len(flags), shares)
     if one_label:  # a class of three has one image in each part, even if that makes small parts larger
         common_labels = int((totals >= least).sum())
         for p in parts[1:]:
             room[p] = max(room[p], common_labels)
         room[parts[0]] = len(flags) - sum(room[p] for p in parts[1:])
-    lacking = np.outer(totals, shares)  # (L, 3) images of each label that each part still lacks
-    held = np.zeros((len(totals), 3))
+    lacking = np.outer(totals, shares)  # (L, parts) images of each label that each part still lacks
+    held = np.zeros(lacking.shape)
     left = counts.copy()
-    placed, given = 0, np.zeros(3)
+    placed, given = 0, np.zeros(len(shares))
     result = np.full(len(flags), parts[0])
     while left.any():
         remaining = left.sum(0)
@@ -1064,8 +1071,8 @@ def apportion(count, shares):
     whole = np.floor(exact + 1e-9).astype(int)
     for p in np.argsort(whole - exact, kind="stable")[:count - whole.sum()]:
         whole[p] += 1
-    for p in range(3):
-        if shares[p] > 0 and not whole[p] and whole.max() > 1:
+    for p, share in enumerate(shares):
+        if share > 0 and not whole[p] and whole.max() > 1:
             whole[whole.argmax()] -= 1
             whole[p] += 1
     return whole.tolist()
@@ -1081,12 +1088,7 @@ def carve(source, args):
         shares[0] = 1 - sum(shares[1:])
     if given and shares[0] == 1 or not pool:
         return splits
-    if source.multilabel:
-        flags = np.array([source.rows[i].label for i in pool]) > 0
-    elif source.classes:
-        flags = np.array([[source.rows[i].label == name for name in source.classes] for i in pool])
-    else:
-        flags = np.ones((len(pool), 1), bool)
+    flags = label_flags(source, [source.rows[i] for i in pool])
     members = defaultdict(list)
     for k, i in enumerate(pool):
         members[k if source.rows[i].group is None else source.rows[i].group].append(k)
@@ -1104,6 +1106,43 @@ def carve(source, args):
         if rare:
             say(f"WARNING: {len(rare)} classes have fewer than 3 images, which stay in train: {some(rare)}")
     return splits
+
+
+def label_flags(source, rows):
+    """(N, L) bool: which labels some rows have; one column of True without labels."""
+    if source.multilabel:
+        return np.array([row.label for row in rows]) > 0
+    if source.classes:
+        return np.array([[row.label == name for name in source.classes] for row in rows])
+    return np.ones((len(rows), 1), bool)
+
+
+def deal_folds(source, digests, args):
+    """Set the fold, 0 to --folds - 1, of each row that a stage sees: labels in proportion, within val and outside of it, as
+    --fold validates on val's rows of the other folds. A group, and images that are equal pixel for pixel, stay together."""
+    rows = [(row, digest) for row, digest in zip(source.rows, digests) if row.split]
+    if not any(row.split == "val" for row, _ in rows):
+        fail("--folds: --fold validates on images of val, and there are none; give val a share, as in --split 0.85 0.15 0")
+    leader = {}  # of each group or digest, one that stands for all that belong together
+
+    def leader_of(name):
+        while leader.setdefault(name, name) != name:
+            name = leader[name]
+        return name
+    for row, digest in rows:
+        leader[leader_of(digest)] = leader_of(digest if row.group is None else f"group {row.group}")
+    units = defaultdict(list)
+    for i, (_, digest) in enumerate(rows):
+        units[leader_of(digest)].append(i)
+    flags = label_flags(source, [row for row, _ in rows])
+    val = np.array([[row.split == "val"] for row, _ in rows])
+    flags = np.concatenate([flags, flags & val], 1)
+    folds = share_out(flags, list(units.values()), [1 / args.folds] * args.folds, np.random.default_rng([args.split_seed, 1]), None)
+    fill([row for row, _ in rows], fold=folds.tolist())
+    sizes = np.bincount(folds, minlength=args.folds)
+    say(f"folds: {', '.join(map(str, sizes))} images in {args.folds} folds (--fold K of the stages tests on one)")
+    if not sizes.all():
+        fail(f"--folds {args.folds}: {len(units)} images or groups are too few")
 
 
 def mend_empty(parts, units, flags, shares):
@@ -1452,13 +1491,14 @@ def look_at_heads(rows):
 def write_labels(folder, source, facts):
     """labels.csv: a row an image."""
     grouped = any(row.group is not None for row in source.rows)
-    head = ["image", "split"] + ["group"] * grouped + ["height", "width"]
+    dealt = any(row.fold is not None for row in source.rows)
+    head = ["image", "split"] + ["fold"] * dealt + ["group"] * grouped + ["height", "width"]
     if source.classes:
         head += source.classes if source.multilabel else ["label"]
     lines = []
     for row, fact in zip(source.rows, facts):
         labels = row.label.tolist() if source.multilabel else [row.label] * bool(source.classes)
-        lines.append([row.name, row.split, *[row.group] * grouped, *fact["size"], *labels])
+        lines.append([row.name, row.split, *[row.fold] * dealt, *[row.group] * grouped, *fact["size"], *labels])
     common.write_table(folder / "labels.csv", head, lines)
 
 
@@ -1578,6 +1618,8 @@ def build(folder, args, root):
     torn = check_groups(source, args.leakage or ("error" if args.layout == "csv" else "warn"))
     leakage, pairs = check_duplicates(source, [fact["digest"] for fact in facts], args.leakage or "warn")
     check_classes(source)
+    if args.folds:
+        deal_folds(source, [fact["digest"] for fact in facts], args)
     if pairs:
         head = ["image", "split", "label", "other_image", "other_split", "other_label"]
         common.write_table(folder / "duplicates.csv", head, pairs)

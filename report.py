@@ -34,7 +34,7 @@ NEEDED = {**dict.fromkeys(("stage", "dataset", "arch", "init", "metric"), str), 
           "test": dict}
 VITS = ("vit", "deit", "beit", "eva", "cait", "xcit", "swin")  # all other architectures count as CNNs
 # arguments in which runs of one table may differ
-NO_RECIPE = common.NOT_COMPARED | {"arch", "init", "init_label", "init_key", "seed"}
+NO_RECIPE = common.NOT_COMPARED | {"fold", "arch", "init", "init_label", "init_key", "seed"}
 QUESTIONS = [  # the paper's, each with the comparison, the kind of run and the starts that answer it
     ("Does the ViT lose from scratch?", "vit", "finetune", ["random"]),
     ("Is the ViT on par from ImageNet weights, supervised?", "vit", "finetune", ["imagenet"]),
@@ -52,13 +52,15 @@ QUESTIONS = [  # the paper's, each with the comparison, the kind of run and the 
 
 def read_run(folder):
     """The metrics.json of a folder, with its "folder", "kind", "args" (all of args.json, {} without one) and
-    "arguments"; ValueError says what is wrong with it."""
+    "arguments"; a test elsewhere counts as on a dataset of its own. ValueError says what is wrong with it."""
     run = json.loads((folder / "metrics.json").read_text())
     wrong = [name for name, kind in NEEDED.items() if not isinstance(run.get(name), kind)]
     if wrong:
         raise ValueError(f"no usable {', '.join(wrong)}")
     args = folder / "args.json"
     run["folder"] = folder
+    if run.get("trained_on"):
+        run["dataset"] = f"{run['trained_on']}, tested on {run['dataset']}"
     run["kind"] = "probe" if run.get("freeze") else run["stage"]
     run["args"] = json.loads(args.read_text()) if args.exists() else {}
     run["arguments"] = run["args"].get("arguments", {})
@@ -169,15 +171,20 @@ def summary(by_seed, name=None):
 
 
 def read_predictions(run):
-    """Of a run's predictions.csv, sorted by path: (paths, labels (n,) or 0/1 (n, L), probabilities (n, C)) or, of a
-    segmentation, (paths, None, scores of each class (n, C), NaN where they are not defined)."""
-    with open(run["folder"] / "predictions.csv", newline="") as lines:
-        head, *rows = csv.reader(lines)
+    """Of a run's predictions.csv, sorted by path: (paths, groups, labels (n,) or 0/1 (n, L), probabilities (n, C)) or, of
+    a segmentation, (paths, groups, None, scores of each class (n, C), NaN where they are not defined). Of joined folds, of
+    all of them."""
+    rows = []
+    for part in run.get("parts", [run]):
+        with open(part["folder"] / "predictions.csv", newline="") as lines:
+            head, *own = csv.reader(lines)
+        rows += own
     rows.sort()
     paths = [row[0] for row in rows]
+    groups = [row[1] or row[0] for row in rows]
     if run["kind"] == "segment":
         columns = [i for i, name in enumerate(head) if name.startswith(f"{run['metric']}_")]
-        return paths, None, np.array([[float(row[i] or "nan") for i in columns] for row in rows])
+        return paths, groups, None, np.array([[float(row[i] or "nan") for i in columns] for row in rows])
     if "label" in head:
         classes = head[head.index("predicted") + 1:]
         labels = np.array([classes.index(row[head.index("label")]) for row in rows])
@@ -185,15 +192,15 @@ def read_predictions(run):
         count = (len(head) - 2) // 2
         labels = np.array([row[2:2 + count] for row in rows], float)
         classes = head[2 + count:]
-    return paths, labels, np.array([row[-len(classes):] for row in rows], float)
+    return paths, groups, labels, np.array([row[-len(classes):] for row in rows], float)
 
 
 def image_scores(run):
-    """(paths, score, defined) of a run's predictions.csv: score(rows (n,) int, elsewhere) is its headline metric over
-    these images, NaN where that is not defined; of a segmentation over those that are also defined `elsewhere`, as
-    `defined` (n, C) bool says of this run. None where the file is not there or does not give the run's own score."""
+    """(paths, groups, score, defined) of a run's predictions.csv: score(rows (n,) int, elsewhere) is its headline metric
+    over these images, NaN where that is not defined; of a segmentation over those that are also defined `elsewhere`, as
+    `defined` (n, C) bool says of this run. None where the file is not there or cannot be read."""
     try:
-        paths, labels, values = read_predictions(run)
+        paths, groups, labels, values = read_predictions(run)
     except (OSError, ValueError, IndexError, KeyError):
         return None
     defined = ~np.isnan(values)
@@ -205,11 +212,15 @@ def image_scores(run):
         task = "classes" if labels.ndim == 1 else "multilabel"
         value = common.metric(run["metric"], task, labels[rows], values[rows])
         return math.nan if value is None else value
+    return (paths, groups, score, defined) if paths else None
 
+
+def own_scores(run):
+    """image_scores of a run; None where they do not give the run's own score."""
+    scores = image_scores(run)
     own = headline(run)
-    if own is None or not len(paths) or not abs(score(np.arange(len(paths))) - own) < 1e-3:
-        return None
-    return paths, score, defined
+    fits = scores and own is not None and abs(scores[2](np.arange(len(scores[0]))) - own) < 1e-3
+    return scores if fits else None
 
 
 def paired_difference(first, second, resamples=500):
@@ -221,13 +232,13 @@ def paired_difference(first, second, resamples=500):
     if not seeds:
         return None
     differences = [headline(first[seed]) - headline(second[seed]) for seed in seeds]
-    pairs = [(image_scores(first[seed]), image_scores(second[seed])) for seed in seeds]
+    pairs = [(own_scores(first[seed]), own_scores(second[seed])) for seed in seeds]
     paths = [scores[0] for pair in pairs for scores in pair if scores]
     same = len(paths) == 2 * len(seeds) and all(path == paths[0] for path in paths)
     images = len(paths[0]) if same else 0
     if images:  # of a segmentation, over the images on which both are defined
         rows = np.arange(images)
-        differences = [a[1](rows, b[2]) - b[1](rows, a[2]) for a, b in pairs]
+        differences = [a[2](rows, b[3]) - b[2](rows, a[3]) for a, b in pairs]
     rng = np.random.default_rng(0)
     values = []
     for _ in range(resamples if images or len(seeds) > 1 else 0):
@@ -235,11 +246,71 @@ def paired_difference(first, second, resamples=500):
         drawn = differences
         if images:
             rows = rng.integers(images, size=images)
-            drawn = {i: pairs[i][0][1](rows, pairs[i][1][2]) - pairs[i][1][1](rows, pairs[i][0][2]) for i in set(chosen)}
+            drawn = {}
+            for i in set(chosen):
+                a, b = pairs[i]
+                drawn[i] = a[2](rows, b[3]) - b[2](rows, a[3])
         values.append(np.mean([drawn[i] for i in chosen]))
     defined = [value for value in values if not math.isnan(value)]
     interval = np.percentile(defined, [2.5, 97.5]).tolist() if len(defined) * 2 > resamples else None
     return float(np.mean(differences)), interval, len(seeds), images
+
+
+def join_folds(runs):
+    """(runs, [(run, why it is left out)]): the runs of all folds of a model and a seed have become one, whose test is over
+    all images, each as predicted by the run that has not seen it."""
+    joined, spare, groups = [], [], defaultdict(dict)
+    for run in runs:
+        if run.get("fold") is None or run["kind"] not in STAGES:
+            joined.append(run)
+            continue
+        made = json.dumps(recipe(run), sort_keys=True)
+        names = ("kind", "dataset", "split", "image_size", "metric", "arch", "init", "seed")
+        parts = groups[made, *(run.get(name) for name in names)]
+        if run["fold"] in parts:
+            spare.append((run, f"another run of fold {run['fold']}, as {parts[run['fold']]['folder'].name}"))
+        parts[run["fold"]] = parts.get(run["fold"], run)
+    for parts in groups.values():
+        parts = [parts[fold] for fold in sorted(parts)]
+        whole = join(parts) if len(parts) == parts[0]["folds"] else None
+        if whole:
+            joined.append(whole)
+        else:
+            there = ", ".join(str(part["fold"]) for part in parts)
+            spare += [(part, f"of {part['folds']} folds only {there} can be joined") for part in parts]
+    return joined, spare
+
+
+def join(parts):
+    """One run out of those of all folds; None where their predictions cannot be read. Scores other than the headline are
+    means over folds."""
+    whole = {**parts[0], "parts": parts, "folder": Path(f"{parts[0]['folder']} to f{parts[-1]['fold']}")}
+    scores = image_scores(whole)
+    if scores is None:
+        return None
+    paths, groups, score, _ = scores
+    tests = [part["test"] for part in parts]
+    test = {}
+    for name in tests[0]:
+        values = [each.get(name) for each in tests]
+        if all(isinstance(value, (int, float)) for value in values):
+            test[name] = sum(values) if name in ("n", "hd95_n", "lesions", "found") else float(np.mean(values))
+
+    def defined(rows):
+        value = score(rows)
+        return None if math.isnan(value) else value
+    grouped = groups if groups != paths else None
+    test[whole["metric"]] = defined(np.arange(len(paths)))
+    test["interval"] = common.bootstrap_interval(defined, len(paths), grouped)
+    test["undefined"] = sorted({name for each in tests for name in each.get("undefined", [])})
+    test["beats_guess"] = None
+    if test["interval"] and test.get("guess") is not None:
+        test["beats_guess"] = test["interval"][0] > test["guess"]
+    classes = {each.get("one_class") for each in tests}
+    test["one_class"] = classes.pop() if len(classes) == 1 else None
+    whole["val"] = {whole["metric"]: common.mean_defined([part["val"].get(whole["metric"]) for part in parts])}
+    whole["seconds"] = sum(part.get("seconds") or 0 for part in parts)
+    return {**whole, "test": test, "counts": {"cross-validated": len(paths)}, "fold": None}
 
 
 def comparisons(table):
@@ -465,6 +536,19 @@ def pair_table(pairs):
              "{:+.3f} to {:+.3f}".format(*found[1]) if found[1] else "none", *found[2:]]
             for _, a, b, found in pairs]
     return ["", "first", "second", "first - second", "95 % interval", "seeds", "images"], rows
+
+
+def fold_table(table):
+    """(head, rows) of what was cross-validated: a row a run, its score over folds and over all images."""
+    rows = []
+    for (kind, arch, init), by_seed in table.items():
+        for seed, run in by_seed.items():
+            values = [headline(part) for part in run.get("parts", [])]
+            values = [value for value in values if value is not None]
+            if values:
+                spread = f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else number(values[0])
+                rows.append([STAGES[kind], arch, init, seed, spread, score_text({seed: run}), run["counts"]["cross-validated"]])
+    return ["", "", "init", "seed", "mean ± standard deviation over folds", "over all images", "images"], rows
 
 
 MAP_SCORES = ("energy: share of the map inside the mask; pointing: share of images whose peak is inside; "
@@ -693,6 +777,10 @@ def section_of(key, members, table):
         k = k_of({i: run for cell, by_seed in table.items() if cell[0] == kind for i, run in enumerate(by_seed.values())})
         parts.append(table_of(*score_table(table, kind), f"Table: {STAGES[kind]}{k}, test {key[3]}: median ± standard "
                               "deviation over n seeds; of one seed, the [95 % interval] over test images"))
+    head, rows = fold_table(table)
+    if rows:
+        parts.append(table_of(head, rows, "Table: cross-validation. Over all images, each counts once, as predicted by the model "
+                              "that has not seen it; [95 % interval] over images, or groups"))
     if "finetune" in kinds:
         parts.append(table_of(*capacity_table(table), "Table: capacity, fine-tuned"))
     if "segment" in kinds:
@@ -745,7 +833,7 @@ def closing_parts(runs, troubles):
 def write_results(output, runs):
     """results.csv: a row a run."""
     names = ["stage", "dataset", "arch", "init", "seed", "metric"]
-    extra = ["image_size", "split", "parameters", "epochs", "seconds", "images_per_second"]
+    extra = ["fold", "image_size", "split", "parameters", "epochs", "seconds", "images_per_second"]
     head = ["run", *names, "val", "test", "low", "high", "dice", *extra]
     common.write_table(output / "results.csv", head, [
         [run["folder"], *(run[name] for name in names), run["val"].get(run["metric"]),
@@ -768,10 +856,12 @@ def main():
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"--output {output} cannot be written ({error})")
-    write_results(output, runs)
+    joined, spare = join_folds(runs)
+    troubles += [(run["folder"], f"left out of the tables: {why}") for run, why in spare]
+    write_results(output, [*runs, *(run for run in joined if "parts" in run)])
 
     settings = defaultdict(list)  # what runs must share to be put into one table
-    for run in runs:
+    for run in joined:
         if run["kind"] in STAGES:
             settings[run["dataset"], run.get("split"), run.get("image_size"), run["metric"]].append(run)
     tables, parts = [], []

@@ -39,6 +39,7 @@ setting() {  # setting NAME DEMO PAPER: the value of NAME, where it is not set
 setting ARCHS           "resnet18 deit_tiny"            "resnet50 deit_small"
 setting INITS           "random dino"                   "random imagenet imagenet-dino dino"  # dino: pretrained here
 setting SEEDS           "0"                             "0 1 2 3 4"
+setting FOLDS           ""                              ""          # "0 1 2 3 4": cross-validation, of prepare.py --folds 5
 setting IMAGE_SIZE      64                              224
 setting EPOCHS          5                               50          # of fine-tuning
 setting CAPACITY        "resnet50 deit_small"           "resnet18 resnet152 deit_tiny deit_base"  # figure 3, with ARCHS
@@ -119,49 +120,57 @@ fi
 [ "$DRY_RUN" = 1 ] || [ -f "$DATA/images.npy" ] ||
   refuse "DATA=$DATA is no prepared folder; make it: python prepare.py SOURCE --output $DATA"
 classify=1 segment=0
-case $(head -n 1 "$DATA/labels.csv" 2>/dev/null | tr -d '\r') in *,width | *,split) classify=0 ;; esac
+case $(head -n 1 "$DATA/labels.csv" 2>/dev/null | tr -d '\r') in *,width | *,split | *,fold) classify=0 ;; esac
 { [ -f "$DATA/masks.npy" ] || [ "$DATA" = data/demo ]; } && segment=1
 setting CLASSIFY $classify $classify
 setting SEGMENT $segment $segment
 
 # ---- the study
-data=(--data "$DATA" $DATA_FLAGS --image-size "$IMAGE_SIZE")
+take_fold() {  # take_fold FOLD: what is done from here on is on it; none: on the split of the dataset
+  data=(--data "$DATA" $DATA_FLAGS --image-size "$IMAGE_SIZE") at=
+  [ "$1" = none ] || { data+=(--fold "$1") && at=-f$1; }
+}
 has() { case " $1 " in *" $2 "*) true ;; *) false ;; esac; }  # has LIST WORD
-dino_run() { [ "$DINO_PER_SEED" = 1 ] && echo "dino-$1-s$2" || echo "dino-$1"; }  # dino_run ARCH SEED
+dino_run() { [ "$DINO_PER_SEED" = 1 ] && echo "dino-$1-s$2$at" || echo "dino-$1$at"; }  # dino_run ARCH SEED
 first=${SEEDS%% *}
-for seed in $SEEDS; do
-  for arch in $ARCHS; do
-    has "$INITS" dino || continue
-    name=$(dino_run "$arch" "$seed")
-    [ "$seed" != "$first" ] && [ "$DINO_PER_SEED" != 1 ] || step "$name" $launch pretrain_dino.py "${data[@]}" \
-      --arch "$arch" --init "$DINO_INIT" --seed "$seed" --epochs "$DINO_EPOCHS" $DINO_FLAGS --output "$RUNS/$name"
-  done
-  for arch in $ARCHS $CAPACITY; do
-    inits=$CAPACITY_INITS main=0
-    ! has "$ARCHS" "$arch" || inits=$INITS main=1
-    for init in $inits; do
-      weights=$init name=$arch-$init-s$seed
-      [ "$init" != dino ] || weights=$RUNS/$(dino_run "$arch" "$seed")/model.pt
-      model=("${data[@]}" --arch "$arch" --init "$weights" --seed "$seed")
-      [ "$CLASSIFY" = 0 ] || step "finetune-$name" $launch finetune.py "${model[@]}" --epochs "$EPOCHS" \
-        $FINETUNE_FLAGS --output "$RUNS/finetune-$name"
-      [ $main = 1 ] || continue
-      case $seed:$init:$DINO_PER_SEED in  # k-NN trains nothing: a seed matters where it makes other weights
-        "$first":* | *:random:* | *:dino:1) [ "$CLASSIFY" = 0 ] || step "knn-$name" $launch knn_eval.py "${model[@]}" \
-          $KNN_FLAGS --output "$RUNS/knn-$name" ;;
-      esac
-      [ "$SEGMENT" = 0 ] || ! has "$SEGMENT_INITS" "$init" || step "segment-$name" $launch segment.py "${model[@]}" \
-        --epochs "$SEGMENT_EPOCHS" $SEGMENT_FLAGS --output "$RUNS/segment-$name"
+folds=${FOLDS:-none}
+for fold in $folds; do
+  take_fold "$fold"
+  for seed in $SEEDS; do
+    for arch in $ARCHS; do
+      has "$INITS" dino || continue
+      name=$(dino_run "$arch" "$seed")
+      [ "$seed" != "$first" ] && [ "$DINO_PER_SEED" != 1 ] || step "$name" $launch pretrain_dino.py "${data[@]}" \
+        --arch "$arch" --init "$DINO_INIT" --seed "$seed" --epochs "$DINO_EPOCHS" $DINO_FLAGS --output "$RUNS/$name"
+    done
+    for arch in $ARCHS $CAPACITY; do
+      inits=$CAPACITY_INITS main=0
+      ! has "$ARCHS" "$arch" || inits=$INITS main=1
+      for init in $inits; do
+        weights=$init name=$arch-$init-s$seed$at
+        [ "$init" != dino ] || weights=$RUNS/$(dino_run "$arch" "$seed")/model.pt
+        model=("${data[@]}" --arch "$arch" --init "$weights" --seed "$seed")
+        [ "$CLASSIFY" = 0 ] || step "finetune-$name" $launch finetune.py "${model[@]}" --epochs "$EPOCHS" \
+          $FINETUNE_FLAGS --output "$RUNS/finetune-$name"
+        [ $main = 1 ] || continue
+        case $seed:$init:$DINO_PER_SEED in  # k-NN trains nothing: a seed matters where it makes other weights
+          "$first":* | *:random:* | *:dino:1) [ "$CLASSIFY" = 0 ] || step "knn-$name" $launch knn_eval.py "${model[@]}" \
+            $KNN_FLAGS --output "$RUNS/knn-$name" ;;
+        esac
+        [ "$SEGMENT" = 0 ] || ! has "$SEGMENT_INITS" "$init" || step "segment-$name" $launch segment.py "${model[@]}" \
+          --epochs "$SEGMENT_EPOCHS" $SEGMENT_FLAGS --output "$RUNS/segment-$name"
+      done
     done
   done
 done
 
-# ---- what looks at several runs: those of the first seed that are there
+# ---- what looks at several runs: those of the first seed, and fold, that are there
+take_fold "${folds%% *}"
 collect() {  # collect STAGE: inputs becomes the fine-tuned runs that the stage looks at
   inputs=()
   for arch in $ARCHS; do
     for init in $INITS; do
-      folder=$RUNS/finetune-$arch-$init-s$first
+      folder=$RUNS/finetune-$arch-$init-s$first$at
       case $1:$arch in saliency:* | *:*vit* | *:*deit*) [ "$DRY_RUN" != 1 ] && [ ! -f "$folder/metrics.json" ] || inputs+=("$folder") ;; esac
     done
   done
@@ -174,7 +183,7 @@ if [ "$NODE" = 0 ]; then
       $flags --overwrite --output "$RUNS/$stage"
   done
   set -- $ARCHS
-  inputs=("$RUNS/segment-$1-${SEGMENT_INITS##* }-s$first" "$RUNS/segment-${2:-}-${SEGMENT_INITS##* }-s$first")
+  inputs=("$RUNS/segment-$1-${SEGMENT_INITS##* }-s$first$at" "$RUNS/segment-${2:-}-${SEGMENT_INITS##* }-s$first$at")
   [ "$SEGMENT" = 0 ] || [ $# -lt 2 ] || step comparison "$PYTHON" segment.py --compare "${inputs[@]}" \
     --output "$RUNS/comparison-$1-$2.png"
   [ "$DRY_RUN" = 1 ] || "$PYTHON" report.py "$RUNS" --output "$RUNS/report" || failed+=(report)

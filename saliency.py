@@ -377,6 +377,8 @@ def finish(folder, dataset, count, runs, args, run, seconds):
 def explain_runs(models, dataset, args, run):
     """Explain the same images with every run; draw, save and score the maps."""
     begin = time.time()
+    for _, _, meta in models:
+        common.check_fold(f"--runs {meta['run']}", meta, dataset, args.fold)
     tests = dataset.rows["test"]
     if args.images and args.images > len(tests):
         fail(f"--images {args.images}: there are only {len(tests)} test images")

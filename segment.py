@@ -404,7 +404,9 @@ def score_annotators(dataset, predicted):
 def constant_score(dataset, device):
     """IoU over images on test of the best mask that is the same for every image: where the class is more frequent in
     train than the threshold that does best on train (up to 1024 images, 128 pixels a side). Mean over the
-    foreground."""
+    foreground; None without train."""
+    if not len(dataset.rows["train"]):
+        return None
     places = ((np.arange(128) + 0.5) * dataset.side / 128).astype(int)
     grids = {}
     for name in ("train", "test"):
@@ -770,6 +772,11 @@ def open_compared(folders):
         fail(f"--compare: the runs are on different data, {first['data']['folder']} and {second['data']['folder']}: their "
              "images, labels, splits or classes differ")
     dataset = common.open_dataset(first["data"]["folder"])
+    folds = [run["arguments"].get("fold") for run in (first, second)]
+    if folds[0] != folds[1]:
+        fail(f"--compare: the runs are tested on different folds, {folds[0]} and {folds[1]}")
+    if folds[0] is not None:
+        common.choose_fold(dataset, folds[0])
     if dataset.fingerprint != first["data"]["fingerprint"]:
         fail(f"--compare: {dataset.folder} is not as it was for these runs: its images, labels, splits or classes have "
              "changed")
