@@ -364,7 +364,8 @@ def load_external(args, meta, labels=False, masks=False):
     """load_dataset of --test, seen as the model has seen its own data whose model.pt says `meta`; all is its test split.
     The run counts as one of that model: its start, seed and headline metric, unless --metric names another."""
     if args.image_size != meta["image_size"]:
-        fail(f"--image-size {args.image_size}: --test shows a model its images at the {meta['image_size']} pixels of its training")
+        fail(f"--image-size {args.image_size}: --test shows a model its images at the {meta['image_size']} pixels of its "
+             "training")
     args.data = args.test
     dataset = load_dataset(args, ["test"] if args.split == "test" else [], labels, masks)
     if args.split == "all":
@@ -1396,16 +1397,18 @@ def save_model(path, weights, dataset, args, **own):
     content = {"stage": args.stage, "arch": args.arch, "init": args.init_label, "dataset": dataset.name,
                "image_size": args.image_size, "side": dataset.side, "fit": dataset.fit, "mean": dataset.mean,
                "std": dataset.std, "metric": dataset.metric, "ordinal": dataset.ordinal, "seed": args.seed,
-               "split": dataset.fingerprint, "fold": args.fold, **own, "state_dict": {name: w.cpu().contiguous() for name, w in weights.items()}}
+               "split": dataset.fingerprint, "fold": args.fold, **own,
+               "state_dict": {name: w.cpu().contiguous() for name, w in weights.items()}}
     write_atomic(path, lambda part: torch.save(content, part))
 
 
 def write_metrics(folder, dataset, run, args, **own):
     """metrics.json, the last file of a run: what every stage has, and the stage's own."""
+    folds = None if args.fold is None else len(np.unique(dataset.folds[dataset.folds >= 0]))
     write_json(folder / "metrics.json", {
         "stage": args.stage, "dataset": dataset.name, "arch": args.arch, "init": args.init_label, "seed": args.seed,
         "image_size": args.image_size, "metric": dataset.metric, "counts": dataset.counts, "split": dataset.fingerprint,
-        "fold": args.fold, "folds": None if args.fold is None else len(set(dataset.folds[dataset.folds >= 0].tolist())),
+        "fold": args.fold, "folds": folds,
         "leakage": dataset.leakage, "device": device_name(run.device), "amp": run.amp, "world_size": run.world, **own})
     say(f"written: {folder}")
 

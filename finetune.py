@@ -29,8 +29,8 @@ def arguments():
                        help="after warm-up; plateau: lr / 10 when validation has not improved for 3 epochs")
     train.add_argument("--class-weights", default="none", choices=["none", "balanced"],
                        help="balanced: every class (or 0 and 1 of every label) weighs alike in the loss (paper: none)")
-    groups["model"].add_argument("--freeze", action="store_true", help="linear probe: fit the classifier alone, to convergence; no epochs, rates or "
-                                      "augmentation")
+    groups["model"].add_argument("--freeze", action="store_true",
+                                 help="linear probe: the classifier alone, to convergence; no epochs, rates, augmentation")
     return common.parse(parser, "finetune")
 
 
@@ -67,10 +67,10 @@ def train_view(images, draws, args, mean, std):
     return common.normalize(common.color_jitter(images, draws, args.jitter), mean, std)
 
 
-def class_weights(dataset, args):
-    """The weights (C,) float32 of --class-weights balanced, None without: of each class N / (C x its images), so that
+def class_weights(dataset, kind, device):
+    """The weights (C,) float32 of --class-weights balanced, None of none: of each class N / (C x its images), so that
     their mean over images is 1; or of each of several labels its images with 0 over those with 1."""
-    if args.class_weights == "none":
+    if kind == "none":
         return None
     labels, names = dataset.labels[dataset.rows["train"]], dataset.classes
     if dataset.task == "classes":
@@ -79,14 +79,14 @@ def class_weights(dataset, args):
         ones = labels.sum(0)
         weights = np.where(ones > 0, (len(labels) - ones) / ones.clip(1), 1)
     say("class weights: " + ", ".join(f"{name} {weight:.3g}" for name, weight in zip(names, weights)))
-    return torch.tensor(weights, dtype=torch.float32)
+    return torch.tensor(weights, dtype=torch.float32, device=device)
 
 
 def loss_function(logits, labels, weights=None):
     """Cross-entropy for classes (labels (B,) int64), each image with the weight of its class (C,); or binary
     cross-entropy for multilabel ((B, L) float), the 1 of each label with its weight (L,)."""
     if labels.ndim > 1:
-        return F.binary_cross_entropy_with_logits(logits, labels, pos_weight=weights)
+        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), pos_weight=weights)
     if weights is None:
         return F.cross_entropy(logits, labels)
     # PyTorch's own weighting divides by the weights of a batch, so that the loss would depend on how it is shared
@@ -146,8 +146,7 @@ def fit(model, dataset, args, run, folder, pretrained_on):
     """Train from the last checkpoint to the last epoch; model.pt is the best epoch. Returns the log."""
     optimizer, scaler, parts, log = common.start_training(model, args, run, folder)
     wrapped = common.distribute(model, run, args.compile)
-    weights = class_weights(dataset, args)
-    weights = weights if weights is None else weights.to(run.device)
+    weights = class_weights(dataset, args.class_weights, run.device)
     per_epoch = len(dataset.rows["train"]) // args.batch_size
     for epoch in range(len(log), args.epochs):
         if args.patience and common.waited(log) >= args.patience:
@@ -206,34 +205,35 @@ def probe(model, dataset, args, run, folder, pretrained_on):
     say("linear probe: features without augmentation, logistic regression; --epochs, --lr and the like play no part")
     device = torch.device("cpu") if run.device.type == "mps" else run.device  # which has no float64
     begin = time.time()
-    model.eval()
     features, labels = {}, {}
     for name in ("train", "val"):
         rows = dataset.rows[name]
-        features[name] = common.extract(model, dataset, rows, args.image_size, run).double().to(device)
+        features[name] = common.extract(model.eval(), dataset, rows, args.image_size, run).double().to(device)
         labels[name] = torch.from_numpy(dataset.labels[rows]).to(device)
-        labels[name] = labels[name].double() if dataset.task == "multilabel" else labels[name]
     speed = sum(map(len, features.values())) / (time.time() - begin)
+
     mean, std = features["train"].mean(0), features["train"].std(0, unbiased=False)
-    std[std == 0] = 1
+    std[std == 0] = 1  # a feature that is the same for every image
     x = {name: (values - mean) / std for name, values in features.items()}
-    weights = class_weights(dataset, args)
-    weights = weights if weights is None else weights.double().to(device)
+    weights = class_weights(dataset, args.class_weights, device)
     log, solutions, solution = [], [], None
     for strength in STRENGTHS:
         begin = time.time()
         solution = logistic_regression(x["train"], labels["train"], len(dataset.classes), strength, weights, solution)
-        logits = {name: values @ solution[0].T + solution[1] for name, values in x.items()}
-        losses = {name: loss_function(logits[name], labels[name], weights).item() for name in x}
-        scores = probabilities(logits["val"].cpu(), dataset.task)
-        values = common.all_metrics(dataset, dataset.labels[dataset.rows["val"]], scores)
+        solutions.append(solution)
+        losses = {}
+        for name in ("train", "val"):
+            logits = x[name] @ solution[0].T + solution[1]
+            losses[name] = loss_function(logits, labels[name], weights).item()
+        values = common.all_metrics(dataset, dataset.labels[dataset.rows["val"]], probabilities(logits.cpu(), dataset.task))
         log.append({"C": strength, "log10 C": math.log10(strength), "loss": losses["train"],
                     "val": {"loss": losses["val"], **values}, "images_per_second": speed, "seconds": time.time() - begin})
-        solutions.append(solution)
         say(f"C {strength:g}  loss {losses['train']:.4f}  val loss {losses['val']:.4f}  val {dataset.metric} "
             f"{common.show(values[dataset.metric])}")
+
     common.score_log(log, dataset.metric)
-    weight, bias = solutions[log.index(max(log, key=lambda entry: entry["score"]))]
+    best = max(range(len(log)), key=lambda i: log[i]["score"])
+    weight, bias = solutions[best]
     set_classifier(model, weight / std, bias - weight @ (mean / std))
     if run.rank == 0:
         common.save_model(folder / "model.pt", model.state_dict(), dataset, args, pretrained_on=pretrained_on,
@@ -342,9 +342,10 @@ def match_classes(dataset, meta):
     dataset.labels = number[dataset.labels]
     rows = dataset.rows["test"]
     dataset.rows["test"] = rows[dataset.labels[rows] >= 0]
+    left_out = len(rows) - len(dataset.rows["test"])
     if unknown:
-        say(f"WARNING: the model does not know {common.some(unknown, 14)} of {dataset.name}: {np.sum(dataset.labels[rows] < 0)} "
-            "images of it are left out")
+        say(f"WARNING: the model does not know {common.some(unknown, 14)} of {dataset.name}: {left_out} images of it are left "
+            "out")
     dataset.classes = meta["classes"]
     return slice(None)
 

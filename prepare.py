@@ -1137,7 +1137,8 @@ def deal_folds(source, digests, args):
     flags = label_flags(source, [row for row, _ in rows])
     val = np.array([[row.split == "val"] for row, _ in rows])
     flags = np.concatenate([flags, flags & val], 1)
-    folds = share_out(flags, list(units.values()), [1 / args.folds] * args.folds, np.random.default_rng([args.split_seed, 1]), None)
+    shares = [1 / args.folds] * args.folds
+    folds = share_out(flags, list(units.values()), shares, np.random.default_rng([args.split_seed, 1]), None)
     fill([row for row, _ in rows], fold=folds.tolist())
     sizes = np.bincount(folds, minlength=args.folds)
     say(f"folds: {', '.join(map(str, sizes))} images in {args.folds} folds (--fold K of the stages tests on one)")

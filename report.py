@@ -547,7 +547,8 @@ def fold_table(table):
             values = [value for value in values if value is not None]
             if values:
                 spread = f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else number(values[0])
-                rows.append([STAGES[kind], arch, init, seed, spread, score_text({seed: run}), run["counts"]["cross-validated"]])
+                rows.append([STAGES[kind], arch, init, seed, spread, score_text({seed: run}),
+                             run["counts"]["cross-validated"]])
     return ["", "", "init", "seed", "mean ± standard deviation over folds", "over all images", "images"], rows
 
 

@@ -32,7 +32,8 @@ def dealt(labels, splits=None, groups=None, digests=None, folds=5):
     multilabel = not isinstance(labels, list)
     classes = [f"L{k}" for k in range(labels.shape[1])] if multilabel else sorted(set(labels))
     rows = [script.Row(str(i), str(i), labels[i]) for i in range(count)]
-    script.fill(rows, split=splits or [("train", "train", "val", "test")[i % 4] for i in range(count)], group=groups or [None] * count)
+    splits = splits or [("train", "train", "val", "test")[i % 4] for i in range(count)]
+    script.fill(rows, split=splits, group=groups or [None] * count)
     args = Folds()
     args.folds = folds
     script.deal_folds(script.Source(rows, classes, multilabel=multilabel), digests or [f"d{i}" for i in range(count)], args)
@@ -116,9 +117,11 @@ def test_every_image_is_tested_once_by_a_model_that_has_not_seen_it(folds, tmp_p
     counts = metrics(tmp_path / "runs" / "vit-f0")["counts"]
     dino = ["--batch-size", "8", "--out-dim", "32", "--local-crops", "0", "--epochs", "1"]
     stage("pretrain_dino.py", "--data", "data", *VIT, *dino, "--fold", "0", "--output", "dino", cwd=tmp_path)
-    stage("knn_eval.py", "--data", "data", *TINY, "--init", "dino/model.pt", "--fold", "0", "--k", "1", "--output", "knn", cwd=tmp_path)
+    stage("knn_eval.py", "--data", "data", *TINY, "--init", "dino/model.pt", "--fold", "0", "--k", "1", "--output", "knn",
+          cwd=tmp_path)
     assert metrics(tmp_path / "dino")["counts"] == metrics(tmp_path / "knn")["counts"] == counts
-    stage("attn_distance.py", "--data", "data", *VIT, "--runs", "runs/vit-f1", "--fold", "1", "--output", "reach", cwd=tmp_path)
+    stage("attn_distance.py", "--data", "data", *VIT, "--runs", "runs/vit-f1", "--fold", "1", "--output", "reach",
+          cwd=tmp_path)
     assert metrics(tmp_path / "reach")["counts"]["test"] == 10
 
 
@@ -134,11 +137,14 @@ def test_a_model_of_another_fold_is_refused(folds, tmp_path):
             (["attn_distance.py", "--runs", "f0", *TINY, "--fold", "2"], "f0 was trained on this data with --fold 0"),
             (["finetune.py", *SHORT, "--fold", "1", "--output", "f0"], "fold 0 there, 1 here")):
         refused(stage(*command, "--data", "data", cwd=tmp_path, check=False), words)
-    refused(stage("finetune.py", "--test", "data", "--init", "f0/model.pt", *TINY, cwd=tmp_path, check=False), "--fold 0")
+    done = stage("finetune.py", "--test", "data", "--init", "f0/model.pt", *TINY, cwd=tmp_path, check=False)
+    refused(done, "--fold 0")
     prepare("source", "plain", cwd=tmp_path)
-    refused(stage("finetune.py", "--data", "plain", *SHORT, "--fold", "0", cwd=tmp_path, check=False), "has no folds", "--folds 5")
+    done = stage("finetune.py", "--data", "plain", *SHORT, "--fold", "0", cwd=tmp_path, check=False)
+    refused(done, "has no folds", "--folds 5")
     refused(prepare("source", "one", "--folds", "1", cwd=tmp_path, check=False), "--folds 1")
-    refused(prepare("source", "none", "--folds", "3", "--split", "1", "0", "0", cwd=tmp_path, check=False), "--split 0.85 0.15 0")
+    done = prepare("source", "none", "--folds", "3", "--split", "1", "0", "0", cwd=tmp_path, check=False)
+    refused(done, "--split 0.85 0.15 0")
     refused(prepare("source", "many", "--folds", "50", cwd=tmp_path, check=False), "too few")
     assert not any((tmp_path / name).exists() for name in ("one", "none", "many"))
 
@@ -146,7 +152,8 @@ def test_a_model_of_another_fold_is_refused(folds, tmp_path):
 def test_the_report_joins_the_folds(folds, tmp_path):
     for arch in ("test_vit", "test_resnet"):
         for fold in range(4):
-            stage("finetune.py", "--data", "data", *SHORT, "--arch", arch, "--fold", fold, "--output", f"runs/{arch}-f{fold}", cwd=tmp_path)
+            stage("finetune.py", "--data", "data", *SHORT, "--arch", arch, "--fold", fold,
+                  "--output", f"runs/{arch}-f{fold}", cwd=tmp_path)
     joined, spare = report.join_folds(report.read_runs([tmp_path / "runs"])[0])
     assert not spare and len(joined) == 2
     cells, _ = report.cells(joined)
@@ -180,7 +187,8 @@ def test_the_report_joins_the_folds(folds, tmp_path):
     for _ in range(500):
         rng.integers(1, size=1)  # the seed
         at = rng.integers(40, size=40)
-        drawn.append(common.roc_auc(truth[at], scores["test_vit"][at]) - common.roc_auc(truth[at], scores["test_resnet"][at]))
+        first, second = (common.roc_auc(truth[at], scores[arch][at]) for arch in ("test_vit", "test_resnet"))
+        drawn.append(first - second)
     assert found[1] == pytest.approx(np.percentile(drawn, [2.5, 97.5]))
 
     (tmp_path / "runs" / "test_vit-f2" / "metrics.json").unlink()
@@ -200,7 +208,8 @@ def test_segmentation_and_run_all_by_folds(folds, tmp_path):
     (folds / "dataset.json").write_text(json.dumps({**meta, "mask_classes": ["background", "lesion"]}))
     for fold in range(4):
         for seed in (0, 1):
-            stage("segment.py", "--data", "data", *SHORT, "--fold", fold, "--seed", seed, "--output", f"runs/s{seed}-f{fold}", cwd=tmp_path)
+            stage("segment.py", "--data", "data", *SHORT, "--fold", fold, "--seed", seed,
+                  "--output", f"runs/s{seed}-f{fold}", cwd=tmp_path)
     joined, _ = report.join_folds(report.read_runs([tmp_path / "runs"])[0])
     assert sorted(run["seed"] for run in joined) == [0, 1]
     rows = [row for fold in range(4) for row in table(tmp_path / "runs" / f"s0-f{fold}" / "predictions.csv")]
@@ -210,13 +219,15 @@ def test_segmentation_and_run_all_by_folds(folds, tmp_path):
     stage("segment.py", "--compare", "runs/s0-f1", "runs/s1-f1", "--output", "runs/comparison.png", cwd=tmp_path)
     with Image.open(tmp_path / "runs" / "comparison.png") as image:
         assert min(image.size) > 200
-    refused(stage("segment.py", "--compare", "runs/s0-f1", "runs/s0-f2", "--output", "c.png", cwd=tmp_path, check=False), "different folds, 1 and 2")
+    done = stage("segment.py", "--compare", "runs/s0-f1", "runs/s0-f2", "--output", "c.png", cwd=tmp_path, check=False)
+    refused(done, "different folds, 1 and 2")
     stage("report.py", "runs", "--output", "report", cwd=tmp_path)
     assert "40 cross-validated images" in (tmp_path / "report" / "report.html").read_text()
 
-    environment = {**os.environ, "DATA": str(folds), "RUNS": str(tmp_path / "study"), "ARCHS": "test_vit", "INITS": "random dino",
-                   "DINO_INIT": "random", "CAPACITY": "", "FOLDS": "0 2", "SEEDS": "0", "PYTHON": sys.executable, "DRY_RUN": "1"}
-    plan = subprocess.run(["bash", str(ROOT / "run_all.sh")], env=environment, cwd=tmp_path, text=True, capture_output=True).stdout
+    settings = {"DATA": str(folds), "RUNS": str(tmp_path / "study"), "ARCHS": "test_vit", "INITS": "random dino", "SEEDS": "0",
+                "DINO_INIT": "random", "CAPACITY": "", "FOLDS": "0 2", "PYTHON": sys.executable, "DRY_RUN": "1"}
+    plan = subprocess.run(["bash", str(ROOT / "run_all.sh")], env={**os.environ, **settings}, cwd=tmp_path, text=True,
+                          capture_output=True).stdout
     for fold in "02":
         weights = f"study/dino-test_vit-f{fold}/model.pt"
         assert re.search(rf"to do   dino-test_vit-f{fold}: .*--fold {fold} ", plan), plan

@@ -12,6 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, recall_score, roc_auc_score
 
 import finetune
+import segment
 from conftest import TINY, metrics, prepare, refused, stage, table, write_prepared
 
 VIT = ["--arch", "test_vit", *TINY]
@@ -62,10 +63,7 @@ def test_weights_balance_the_loss():
     class Data:
         rows, task, classes = {"train": np.arange(42)}, "classes", ["a", "b", "c"]
     Data.labels = labels
-
-    class Args:
-        class_weights = "balanced"
-    weights = finetune.class_weights(Data, Args)
+    weights = finetune.class_weights(Data, "balanced", "cpu")
     assert weights.tolist() == pytest.approx([42 / (3 * n) for n in (30, 9, 3)])
     truth = torch.from_numpy(labels)
     whole = finetune.loss_function(logits, truth, weights)
@@ -74,7 +72,7 @@ def test_weights_balance_the_loss():
     assert whole.item() == pytest.approx(torch.stack(halves).mean().item(), rel=1e-5)
 
     Data.task, Data.labels = "multilabel", np.array([[1, 0, 0]] * 6 + [[0, 1, 0]] * 36, np.float32)
-    weights = finetune.class_weights(Data, Args)
+    weights = finetune.class_weights(Data, "balanced", "cpu")
     assert weights.tolist() == pytest.approx([6, 1 / 6, 1])  # a label that no image has is left alone
     ours = finetune.loss_function(logits, torch.from_numpy(Data.labels), weights)
     probability = logits.sigmoid()
@@ -104,7 +102,8 @@ def test_class_weights_of_a_run_with_one_and_two_processes(three_classes, tmp_pa
 @pytest.mark.parametrize("script", ["finetune.py", "segment.py"])
 def test_patience_ends_a_run(script, demo, tmp_path):
     """At a rate of 0 the first epoch stays the best; the head of a segmenter has batch norm, whose statistics move."""
-    args = ["--data", demo, *SHORT, "--lr", "0", "--min-lr", "0", "--epochs", "9", "--limit", "8", "--patience", "2", "--output", "run"]
+    args = ["--data", demo, *SHORT, "--lr", "0", "--min-lr", "0", "--epochs", "9", "--limit", "8", "--patience", "2",
+            "--output", "run"]
     done = stage(script, *args, cwd=tmp_path)
     log = log_of(tmp_path / "run")
     scores = [entry["score"] for entry in log]
@@ -161,8 +160,9 @@ def test_logistic_regression_equals_scikit_learn(classes, balanced):
     for strength in (1e-3, 0.1, 10):
         theirs = LogisticRegression(C=strength, tol=1e-9, max_iter=10000, class_weight="balanced" if balanced else None)
         theirs.fit(features, labels)
-        weight, bias = finetune.logistic_regression(torch.from_numpy(features), torch.from_numpy(labels), classes, strength, weights)
-        ours = (torch.from_numpy(features) @ weight.T + bias).softmax(1).numpy()
+        x = torch.from_numpy(features)
+        weight, bias = finetune.logistic_regression(x, torch.from_numpy(labels), classes, strength, weights)
+        ours = (x @ weight.T + bias).softmax(1).numpy()
         assert np.abs(ours - theirs.predict_proba(features)).max() < 1e-3
 
 
@@ -302,7 +302,7 @@ def test_external_test_of_a_segmenter(tmp_path):
     assert "does not know tool of other: its pixels count nowhere" in done.stdout
     whole, out = metrics(tmp_path / "all"), metrics(tmp_path / "out")
     assert out["trained_on"] == "data" and out["counts"]["test"] == 24
-    predicted = np.stack([np.asarray(read_mask(tmp_path / "all" / "test_masks" / f"{i:06d}.png")) for i in range(24)])
+    predicted = segment.read_masks(tmp_path / "all" / "test_masks", range(24), 3)
     for k, name in ((1, "vessel"), (2, "disc")):
         hit, either = ((f(predicted == k, masks == k)[:, 2:]).sum((1, 2)) for f in (np.logical_and, np.logical_or))
         assert out["test"]["classes"][name]["iou"] == pytest.approx(np.mean(hit / either), abs=1e-6)
@@ -311,13 +311,8 @@ def test_external_test_of_a_segmenter(tmp_path):
     done = stage("segment.py", "--test", "half", *args, "--output", "part", cwd=tmp_path)
     assert "has no masks of the model's vessel: not scored" in done.stdout
     part = metrics(tmp_path / "part")["test"]
-    assert part["iou"] == pytest.approx(whole["test"]["classes"]["disc"]["iou"]) and set(part["classes"]) == {"background", "disc"}
+    assert part["iou"] == pytest.approx(whole["test"]["classes"]["disc"]["iou"])
+    assert set(part["classes"]) == {"background", "disc"}
     assert list(table(tmp_path / "part" / "predictions.csv")[0])[2:] == [
         f"{what}_disc" for what in ("iou", "dice", "hd95", "pixels", "predicted")]
     refused(stage("segment.py", "--test", "alien", *args, cwd=tmp_path, check=False), "lesion", "vessel, disc", "dataset.json")
-
-
-def read_mask(file):
-    """A mask of class indices."""
-    from PIL import Image
-    return Image.open(file)
