@@ -14,13 +14,12 @@ import os
 import pickle
 import platform
 import shlex
-import shutil
 import sys
 import time
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from fnmatch import fnmatch
@@ -62,12 +61,6 @@ def some(names, most=5):
     names = [str(name) for name in names]
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
-
-
-def refuse(wrong, message):
-    """Fail with the message, and the first 20 of the names `wrong`, if there are any."""
-    if wrong:
-        fail(f"{message}: {some(wrong, 20)}")
 
 
 # ---------------------------------------------------------------- data: the prepared folder -----------------
@@ -118,45 +111,20 @@ class Dataset:
         return None if self.groups is None else [self.groups[row] for row in rows]
 
 
-def run_prepare(folder, *command):
-    """Prepare a folder, if it is not there, by prepare.py, which stands beside the stages: by one process of a machine,
-    the others wait."""
-    barrier()
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not (Path(folder) / "images.npy").exists():
-        import prepare
-        prepare.main([*map(str, command), "--output", str(folder)])
-    barrier()
-
-
-@contextmanager
-def prepared_new(source, output, meta, skip_broken=False):
-    """The image files of --predict as a Dataset, prepared as the data of a model whose model.pt says `meta`: of a
-    folder, of the column "image" of a CSV, or of a list. All are its test split. They lie beside `output` and go again."""
+def prepare_module():
+    """prepare.py, which stands beside the stages: where a stage alone was copied, it is said to be missing."""
     if not Path(__file__).with_name("prepare.py").exists():
         fail("image files are read by prepare.py, which is not beside this script: copy it here too")
-    output = Path(output).resolve()
-    folder = output.with_name(f".{output.name}.images")
-    if not isinstance(source, list) and not Path(source).exists():
-        fail(f"--predict {source}: neither a folder nor a CSV file")
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if local == 0:
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-    if isinstance(source, list):
-        refuse([file for file in source if not Path(file).is_file()], "--files: there is no such file")
-        rows = [[os.path.abspath(file)] for file in source]
-        source = folder / "files.csv"
-        source.parent.mkdir(parents=True, exist_ok=True)
-        write_table(source, ["image"], rows)
-    layout = ["--label-column", "none"] if Path(source).is_file() else ["--layout", "flat"]
-    flags = ["--side", meta["side"], "--enlarge", "--fit", meta["fit"], "--split", 0, 0, 1, *layout]
-    try:
-        run_prepare(folder / "data", source, *flags, *["--skip-broken"] * skip_broken)
-        dataset = open_dataset(folder / "data")
-        dataset.mean, dataset.std = meta["mean"], meta["std"]
-        yield dataset
-    finally:
-        if local == 0:
-            shutil.rmtree(folder, ignore_errors=True)
+    import prepare
+    return prepare
+
+
+def run_prepare(folder, *command):
+    """Prepare a folder, if it is not there: by one process of a machine, the others wait."""
+    barrier()
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not (Path(folder) / "images.npy").exists():
+        prepare_module().main([*map(str, command), "--output", str(folder)])
+    barrier()
 
 
 def read_columns(file):
@@ -438,16 +406,8 @@ def fit_box(height, width, fit):
     return (height - side) // 2, (width - side) // 2, side, side
 
 
-def to_square(pixels, side, fit, resample=Image.Resampling.BILINEAR):
-    """(H, W, C) uint8 -> (side, side, C), as fit_box says."""
-    top, left, height, width = fit_box(*pixels.shape[:2], fit)
-    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-    image = image.crop((left, top, left + width, top + height)).resize((side, side), resample)
-    return np.asarray(image).reshape(side, side, -1)
-
-
 def from_square(square, height, width, fit, resample=Image.Resampling.BILINEAR):
-    """The inverse of to_square: (S, S), (S, S, 1) or (S, S, 3), uint8 or float32, at the size and shape of the image:
+    """The inverse of prepare.to_square: (S, S), (S, S, 1) or (S, S, 3), uint8 or float32, at the size and shape of the image:
     (height, width) or (height, width, 3). 0 where the square shows nothing of it."""
     top, left, box_height, box_width = fit_box(height, width, fit)
     image = Image.fromarray(square[..., 0] if square.shape[2:] == (1,) else square)

@@ -374,7 +374,7 @@ def predict(args, run):
     """--predict: the model of --init on image files, by the fit, means, sizes and classes in its model.pt."""
     folder = common.predictions_folder(args)
     model, meta = common.load_trained(args.init)
-    with common.prepared_new(args.predict, folder, meta, args.skip_broken) as dataset:
+    with common.prepare_module().new_images(args.predict, folder, meta, args.skip_broken) as dataset:
         rows = dataset.rows["test"]
         model = common.to_device(model, run)
         logits = common.outputs(model, len(meta["classes"]), dataset, rows, meta["image_size"], run)

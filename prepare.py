@@ -25,6 +25,7 @@ import signal
 import sys
 import zipfile
 from collections import Counter, defaultdict
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -37,7 +38,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from tqdm import tqdm
 
 import common
-from common import SPLITS, fail, refuse, say, some
+from common import SPLITS, fail, say, some
 
 VERSION = 1
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
@@ -126,6 +127,12 @@ class Source:
     std: list = None
     table: Path = None  # that lists the images
     left_out: dict = field(default_factory=dict)  # {why: names}
+
+
+def refuse(wrong, message):
+    """Fail with the message, and the first 20 of the names `wrong`, if there are any."""
+    if wrong:
+        fail(f"{message}: {some(wrong, 20)}")
 
 
 def fill(rows, **columns):
@@ -1322,6 +1329,14 @@ def widen_by_one(mask):
 
 # ---------------------------------------------------------------- decoding and writing ----------------------
 
+def to_square(pixels, side, fit, resample=Image.Resampling.BILINEAR):
+    """(H, W, C) uint8 -> (side, side, C), as fit_box says."""
+    top, left, height, width = common.fit_box(*pixels.shape[:2], fit)
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    image = image.crop((left, top, left + width, top + height)).resize((side, side), resample)
+    return np.asarray(image).reshape(side, side, -1)
+
+
 class Decoder(torch.utils.data.Dataset):
     """Decodes a row, with its masks: a dict of "pixels" (side, side, C), "size" (height, width), "note", "digest" of the
     pixels, "masks" {name: (side, side)}; or of "error" alone."""
@@ -1364,7 +1379,7 @@ class Decoder(torch.utils.data.Dataset):
                 raise ValueError(f"its mask is {mask.shape[1]}x{mask.shape[0]} pixels, it is {size[1]}x{size[0]}")
             note = "; ".join(filter(None, (note, remark)))
             masks[name] = reduce_mask(mask, self.side, self.fit, self.classes, self.ignore)
-        square = common.to_square(pixels, self.side, self.fit)
+        square = to_square(pixels, self.side, self.fit)
         digest = hashlib.blake2b(square.tobytes() + repr(tuple(size)).encode(), digest_size=8).hexdigest()
         return {"pixels": square, "size": tuple(map(int, size)), "note": note, "digest": digest, "masks": masks}
 
@@ -1711,6 +1726,37 @@ def main(argv=None):
     summarise(folder, sizes, bits, facts)
     if not folder.parent.name.startswith("."):  # of --predict, to be removed again
         say(f"written: {folder} (look at contact_sheet.png)")
+
+
+# ---------------------------------------------------------------- new images --------------------------------
+
+@contextmanager
+def new_images(source, output, meta, skip_broken=False):
+    """The image files of --predict as a Dataset, prepared as the data of a model whose model.pt says `meta`: of a
+    folder, of the column "image" of a CSV, or of a list. All are its test split. They lie beside `output` and go again."""
+    output = Path(output).resolve()
+    folder = output.with_name(f".{output.name}.images")
+    if not isinstance(source, list) and not Path(source).exists():
+        fail(f"--predict {source}: neither a folder nor a CSV file")
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if local == 0:
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    if isinstance(source, list):
+        refuse([file for file in source if not Path(file).is_file()], "--files: there is no such file")
+        rows = [[os.path.abspath(file)] for file in source]
+        source = folder / "files.csv"
+        source.parent.mkdir(parents=True, exist_ok=True)
+        common.write_table(source, ["image"], rows)
+    layout = ["--label-column", "none"] if Path(source).is_file() else ["--layout", "flat"]
+    flags = ["--side", meta["side"], "--enlarge", "--fit", meta["fit"], "--split", 0, 0, 1, *layout]
+    try:
+        common.run_prepare(folder / "data", source, *flags, *["--skip-broken"] * skip_broken)
+        dataset = common.open_dataset(folder / "data")
+        dataset.mean, dataset.std = meta["mean"], meta["std"]
+        yield dataset
+    finally:
+        if local == 0:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 # ---------------------------------------------------------------- the demo ----------------------------------

@@ -424,7 +424,7 @@ def main():
     if any((meta["side"], meta["fit"]) != (first["side"], first["fit"]) for _, _, meta in models):
         say(f"note: all runs see --files as the data of {first['name']} were prepared: side {first['side']}, {first['fit']}")
     args.output = args.output or "runs/saliency-files"
-    with common.prepared_new(args.files, Path(args.output), first) as dataset:
+    with common.prepare_module().new_images(args.files, Path(args.output), first) as dataset:
         explain_runs(models, replace(dataset, paths=args.files, name="files"), args, run)
 
 

@@ -696,7 +696,7 @@ def predict(args, run):
     folder = common.predictions_folder(args)
     masks, partial = folder / "masks", folder / "masks.partial"
     model, meta = load_segmenter(args.init)
-    with common.prepared_new(args.predict, folder, meta, args.skip_broken) as dataset:
+    with common.prepare_module().new_images(args.predict, folder, meta, args.skip_broken) as dataset:
         files = mask_files(args.predict, dataset.paths)
         if run.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)  # of an interrupted run

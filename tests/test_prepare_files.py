@@ -128,7 +128,7 @@ def test_a_jpeg_is_never_decoded_below_twice_the_side(tmp_path):
     for side, least in ((2048, 2048), (1024, 2048), (600, 1200), (256, 512), (64, 128)):
         pixels, size, _ = script.read_image(tmp_path / "big.jpg", side)
         assert size == (2048, 2048) and least <= min(pixels.shape[:2]) <= 2048
-    assert common.to_square(read(tmp_path / "big.jpg", 2048), 2048, "squash").std() > 100
+    assert script.to_square(read(tmp_path / "big.jpg", 2048), 2048, "squash").std() > 100
 
 
 def test_pages_are_named(tmp_path):
@@ -148,12 +148,12 @@ def test_fits_by_value(tmp_path):
     """A tall image whose lower end is white: squashed it is there, padded too, cropped it is lost."""
     pixels = np.zeros((90, 30, 1), np.uint8)
     pixels[60:] = 200
-    squash, pad, crop = (common.to_square(pixels, 30, fit)[..., 0] for fit in ("squash", "pad", "crop"))
+    squash, pad, crop = (script.to_square(pixels, 30, fit)[..., 0] for fit in ("squash", "pad", "crop"))
     assert (squash[21:] == 200).all() and (squash[:19] == 0).all()
     assert (pad[21:, 11:19] == 200).all() and (pad[:, :9] == 0).all() and (pad[:, 21:] == 0).all()
     assert (crop == 0).all()
     for fit in ("squash", "pad", "crop"):
-        back = common.from_square(common.to_square(pixels, 30, fit), 90, 30, fit)
+        back = common.from_square(script.to_square(pixels, 30, fit), 90, 30, fit)
         assert back.shape == (90, 30)
         assert (back[70:] > 150).mean() == (0 if fit == "crop" else pytest.approx(1, abs=0.15))
     save(tmp_path / "source" / "0.png", pixels[..., 0])
@@ -161,7 +161,7 @@ def test_fits_by_value(tmp_path):
         save(tmp_path / "source" / f"{i}.png", noise((90, 30)))
     for fit in ("squash", "pad", "crop"):
         prepare("source", fit, "--fit", fit, cwd=tmp_path)
-        assert (np.load(tmp_path / fit / "images.npy")[0] == common.to_square(pixels, 30, fit)).all()
+        assert (np.load(tmp_path / fit / "images.npy")[0] == script.to_square(pixels, 30, fit)).all()
 
 
 def test_side_is_never_larger_than_the_images(tmp_path):
@@ -546,7 +546,7 @@ def test_masks_follow_the_fit(tmp_path):
     for fit in ("squash", "pad", "crop"):
         prepare("source", fit, "--fit", fit, "--side", "50", cwd=tmp_path)
         ours = np.load(tmp_path / fit / "masks.npy")[0]
-        picture = common.to_square(mask[..., None], 50, fit)[..., 0]
+        picture = script.to_square(mask[..., None], 50, fit)[..., 0]
         assert ((picture > 127) != ours).mean() < 0.02 and ours.any()
 
 

@@ -40,8 +40,8 @@ def write_discs(folder, counts=(20, 5, 5), values=lambda i: (0, 1), change=None,
     for i in range(sum(counts)):
         size = SIZES[i % 3]
         image, mask = draw_disc(rng, size, values(i))
-        images.append(common.to_square(image[..., None], SIDE, fit))
-        masks.append(common.to_square(mask[..., None], SIDE, fit, Image.Resampling.NEAREST)[..., 0])
+        images.append(prepare_script.to_square(image[..., None], SIDE, fit))
+        masks.append(prepare_script.to_square(mask[..., None], SIDE, fit, Image.Resampling.NEAREST)[..., 0])
         split = np.repeat(["train", "val", "test"], counts)[i]
         rows.append({"image": f"deep/{i:02d}.png", "split": split, "group": f"p{i // 5}", "height": size[0],
                      "width": size[1]})
@@ -228,7 +228,7 @@ def test_predict_at_the_images_own_sizes(fit, run_of_discs, tmp_path):
         assert float(row["fraction_lesion"]) == pytest.approx((mask > 0).mean(), abs=1e-6)
         # the square that the model has seen, put back into the image
         pixels = prepare_script.read_image(tmp_path / "new" / row["image"], SIDE)[0]
-        square = torch.from_numpy(common.to_square(pixels, SIDE, fit).copy())[None]
+        square = torch.from_numpy(prepare_script.to_square(pixels, SIDE, fit).copy())[None]
         with torch.inference_mode():
             logits = model(common.eval_view(square, 64, meta["mean"], meta["std"], whole=True))
         wanted = np.zeros(size, bool)
