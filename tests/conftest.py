@@ -1,4 +1,5 @@
 """What the tests share: running a stage as a user would, and small image sets to run it on."""
+import atexit
 import csv
 import json
 import os
@@ -14,44 +15,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import forks
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 TINY = ["--image-size", "32", "--device", "cpu", "--amp", "off"]
 
 
-# Importing torch takes longer than most of these runs. So one process imports the packages (not the project),
-# and each command is a fork of it that runs the script as __main__ with its own arguments, folder and output; or, of
-# several processes, as many forks, with what torchrun puts into the environment.
-FORKS = """
-import json, os, runpy, sys, traceback
-import matplotlib.backends.backend_agg, matplotlib.figure, numpy, PIL.Image, timm, torch, torchvision, tqdm
-for line in sys.stdin:
-    job = json.loads(line)
-    children = []
-    for environment in job["environments"]:
-        child = os.fork()
-        if child:
-            children.append(child)
-            continue
-        os.environ.update(environment)
-        for target, name in ((0, os.devnull), (1, job["out"]), (2, job["err"])):
-            mode = os.O_RDONLY if target == 0 else os.O_WRONLY | os.O_CREAT | os.O_APPEND
-            os.dup2(os.open(name, mode), target)
-        os.chdir(job["cwd"])
-        sys.argv, sys.path[0], code = job["argv"], os.path.dirname(job["argv"][0]), 0
-        try:
-            runpy.run_path(sys.argv[0], run_name="__main__")
-        except SystemExit as stopped:
-            code = stopped.code or 0
-        except BaseException:
-            traceback.print_exc()
-            code = 1
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    print(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children), flush=True)
-"""
-server = None
+def start_forks():
+    """Start the process whose forks the commands are (forks.py), once."""
+    if "FORKS_SOCKET" not in os.environ:
+        os.environ["FORKS_SOCKET"] = os.path.join(tempfile.mkdtemp(), "forks")
+        os.environ["FORKS_PYTHON"] = sys.executable
+        server = subprocess.Popen([sys.executable, str(ROOT / "tests" / "forks.py"), "--serve", os.environ["FORKS_SOCKET"]],
+                                  stdout=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        atexit.register(server.kill)
+        assert server.stdout.readline() == "ready\n"
 
 
 def environments(processes):
@@ -68,19 +47,15 @@ def environments(processes):
 
 def forked(command, cwd, processes):
     """Run [script, arguments...] as forks of the process that has the packages imported."""
-    global server
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    if server is None:
-        server = subprocess.Popen([sys.executable, "-c", FORKS], stdin=subprocess.PIPE,
-                                  stdout=subprocess.PIPE, text=True, env=environment)
-    with tempfile.TemporaryDirectory() as folder:
-        out, err = Path(folder) / "out", Path(folder) / "err"
-        job = {"argv": command, "cwd": str(cwd), "out": str(out), "err": str(err),
-               "environments": environments(processes)}
-        server.stdin.write(json.dumps(job) + "\n")
-        server.stdin.flush()
-        code = int(server.stdout.readline())
-        return subprocess.CompletedProcess(command, code, out.read_text(), err.read_text())
+    start_forks()
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        places = [{**os.environ, "HF_HUB_OFFLINE": "1", **each} for each in environments(processes)]
+        code = forks.ask(command, cwd, places, out.fileno(), err.fileno())
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read().decode())
+        return subprocess.CompletedProcess(command, code, *texts)
 
 
 def stage(script, *args, cwd, processes=1, env=None, fresh=False, root=ROOT, check=True, limit=None):

@@ -13,7 +13,7 @@ from PIL import Image
 
 import common
 import report
-from conftest import ROOT, metrics, prepare, refused, stage, table
+from conftest import ROOT, metrics, prepare, refused, stage, start_forks, table
 
 
 def fake_run(place, stage_name, arch, init, seed, accuracy, split="abc", images=50, arguments=None,
@@ -284,8 +284,9 @@ def test_every_trouble_is_listed(tmp_path):
 
 
 def study(place, **changes):
-    """The environment of a run_all.sh as small as it gets, without a network."""
-    return {**os.environ, "PYTHON": sys.executable, "HF_HUB_OFFLINE": "1", "RUNS": str(place / "runs"),
+    """The environment of a run_all.sh as small as it gets, without a network; its Python is one that starts at once."""
+    start_forks()
+    return {**os.environ, "PYTHON": str(ROOT / "tests" / "forks.py"), "HF_HUB_OFFLINE": "1", "RUNS": str(place / "runs"),
             "ARCHS": "test_resnet test_vit", "CAPACITY": "", "INITS": "random", "SEEDS": "0",
             "IMAGE_SIZE": "32", "EPOCHS": "1", "SEGMENT": "0",
             "DATA": str(place / "demo"), "DATA_FLAGS": "--limit 64", "SALIENCY_FLAGS": "--images 2",
@@ -361,10 +362,10 @@ def interrupted(place, ready, end, **changes):
 def test_killed_studies_end_with_the_same_results(folder_data, tmp_path):
     """Ctrl-C, the script alone killed while its step lives on, all of it killed; in a folder with a blank."""
     data = folder_data.rename(tmp_path / "my data")
-    changes = {"DATA": str(data), "ARCHS": "test_resnet", "EPOCHS": "8", "DATA_FLAGS": "",
+    changes = {"PYTHON": sys.executable, "DATA": str(data), "ARCHS": "test_resnet", "EPOCHS": "8", "DATA_FLAGS": "",
                "FINETUNE_FLAGS": "--batch-size 4"}
     (tmp_path / "whole").mkdir()
-    whole = run_all(tmp_path / "whole", **changes)
+    whole = run_all(tmp_path / "whole", **{**changes, "PYTHON": str(ROOT / "tests" / "forks.py")})
     assert whole.returncode == 0, whole.stdout + whole.stderr
     place, lines = tmp_path / "killed", 1
     place.mkdir()

@@ -1,0 +1,88 @@
+#!/usr/bin/env python3
+"""A Python for the tests that starts at once: `forks.py SCRIPT ARGUMENTS...` runs a script of the project as a fork of one
+process that has its packages imported (not the project), since importing PyTorch takes longer than most of these runs.
+
+`forks.py --serve SOCKET` is that process; FORKS_SOCKET names it to the others. Anything else than a script goes to
+FORKS_PYTHON, so that run_all.sh can have this file for its PYTHON.
+"""
+import importlib
+import io
+import json
+import os
+import runpy
+import socket
+import sys
+import traceback
+
+
+def ask(argv, cwd, environments, out, err):
+    """Run argv as a fork in each of some environments (several: what torchrun would set), with the file descriptors out
+    and err for its output. Returns the largest exit code."""
+    with socket.socket(socket.AF_UNIX) as server:
+        server.connect(os.environ["FORKS_SOCKET"])
+        socket.send_fds(server, [b"!"], [out, err])
+        server.sendall(json.dumps({"argv": argv, "cwd": str(cwd), "environments": environments}).encode() + b"\n")
+        return int(server.makefile().readline())
+
+
+def serve(path):
+    """Answer ask() until the tests end."""
+    import_packages()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        print("ready", flush=True)
+        while True:
+            client, _ = listener.accept()
+            with client:
+                _, (out, err), _, _ = socket.recv_fds(client, 1, 2)
+                job = json.loads(client.makefile().readline())
+                children = [fork(job["argv"], job["cwd"], environment, out, err) for environment in job["environments"]]
+                codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+                os.close(out)
+                os.close(err)
+                client.sendall(f"{max(map(abs, codes))}\n".encode())
+
+
+def import_packages():
+    """What every stage imports, and matplotlib's fonts, found once."""
+    for name in ("filelock", "timm", "torch", "torchvision", "tqdm"):
+        importlib.import_module(name)
+    from matplotlib.figure import Figure
+    figure = Figure(layout="constrained")
+    figure.subplots().set(title="fonts", xlabel="x")
+    figure.savefig(io.BytesIO(), bbox_inches="tight")
+
+
+def fork(argv, cwd, environment, out, err):
+    """Start a script as __main__ with its own arguments, folder, environment and output. Returns its process number."""
+    child = os.fork()
+    if child:
+        return child
+    os.environ.clear()
+    os.environ.update(environment)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(out, 1)
+    os.dup2(err, 2)
+    os.chdir(cwd)
+    sys.argv = argv
+    sys.path[0] = os.path.dirname(argv[0])
+    code = 0
+    try:
+        runpy.run_path(argv[0], run_name="__main__")
+    except SystemExit as stopped:
+        code = stopped.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--serve":
+        serve(sys.argv[2])
+    if sys.argv[1].endswith(".py"):
+        sys.exit(ask([os.path.abspath(sys.argv[1]), *sys.argv[2:]], os.getcwd(), [dict(os.environ)], 1, 2))
+    os.execv(os.environ["FORKS_PYTHON"], [os.environ["FORKS_PYTHON"], *sys.argv[1:]])
