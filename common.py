@@ -1184,6 +1184,8 @@ def parse(parser, stage):
         fail(f"--scale {args.scale[0]} {args.scale[1]}: expected 0 < LOW <= HIGH <= 1")
     meta = {}
     given = [f"--{name}" for name in ("predict", "test") if getattr(args, name, None)]
+    if len(given) > 1 or getattr(args, "split", "test") != "test" and "--test" not in given:
+        fail("take either --predict or --test; --split is for --test")
     if given and args.init in NAMED_INITS:
         fail(f"{given[0]} needs --init RUN/model.pt, a model that {stage}.py has trained")
     if args.init not in NAMED_INITS:

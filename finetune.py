@@ -400,7 +400,8 @@ def main():
         fail(f"--batch-size {args.batch_size} is more than the {len(dataset.rows['train'])} training images")
     model, pretrained_on = common.build_model(args.arch, args.init, args.image_size, len(dataset.classes), args.seed,
                                               args.init_key)
-    common.keep_classifier(model, common.classifier_prefixes(model), args.init, dataset.classes, dataset.task)
+    if not args.freeze:
+        common.keep_classifier(model, common.classifier_prefixes(model), args.init, dataset.classes, dataset.task)
     model = common.to_device(model, run)
     folder = common.open_run(args, run, dataset, ["curves.png", "confusion.png"])
     train = probe if args.freeze else fit

@@ -253,6 +253,8 @@ def test_external_test_refuses_what_does_not_belong(three_classes, csv_source, t
     prepare("source", "several", "--split-column", "split", "--label-column", "a,b", cwd=tmp_path)
     refused(stage("finetune.py", "--test", "several", *args, cwd=tmp_path, check=False), "several labels")
     refused(stage("finetune.py", "--test", "data", *TINY[2:], cwd=tmp_path, check=False), "--init RUN/model.pt")
+    for both in (["--test", "data", "--predict", "source"], ["--data", "data", "--split", "all"]):
+        refused(stage("finetune.py", *both, *args, cwd=tmp_path, check=False), "either --predict or --test")
     refused(stage("finetune.py", "--test", "data", *args, "--image-size", "64", cwd=tmp_path, check=False), "32 pixels")
     refused(stage("segment.py", "--test", "data", *args, cwd=tmp_path, check=False), "classifier")
     prepare("source", "padded", "--split", "0", "0", "1", "--fit", "pad", cwd=tmp_path)
