@@ -106,7 +106,8 @@ def open_model(name, dataset, args):
         common.check_fold(f"--runs {name}", meta, dataset, args.fold)
     arch = meta.get("arch", args.arch)
     image_size = meta.get("image_size", args.image_size)
-    model, pretrained_on = common.build_model(arch, init, image_size, 0, args.seed, args.init_key)
+    patch_size = meta.get("patch_size", args.patch_size)
+    model, pretrained_on = common.build_model(arch, init, image_size, 0, args.seed, args.init_key, patch_size=patch_size)
     read = common.attention_reader(model)
     if read is None:
         fail(f"--runs {name}: {arch} has no attention between patches; give a ViT, such as deit_small")

@@ -637,7 +637,8 @@ HEADS = ("head.", "head_dist.", "fc.", "classifier.")  # what a backbone does no
 
 
 def create(arch, num_classes, image_size, **options):
-    """A timm model without weights; ViTs get position embeddings for image_size."""
+    """A timm model without weights; ViTs get position embeddings for image_size. options: of timm.create_model, such as
+    patch_size, pixels of a side of a ViT's patches (None: the architecture's own)."""
     name = ARCHS.get(arch, arch)
     if not timm.is_model(name):
         near = timm.list_models(f"*{arch.split('.')[0].split('_')[0]}*")
@@ -647,9 +648,14 @@ def create(arch, num_classes, image_size, **options):
         model = timm.create_model(name, num_classes=num_classes, img_size=image_size, **options)
     except TypeError:  # a CNN takes any size
         options.pop("dynamic_img_size", None)
-        return timm.create_model(name, num_classes=num_classes, **options)
+        chosen = options.pop("patch_size", None)
+        model = timm.create_model(name, num_classes=num_classes, **options)
+        if chosen:
+            fail(f"--patch-size {chosen}: {arch} has no patches of a size to choose, as ViTs have; leave it out")
+        return model
     except (AssertionError, ValueError, RuntimeError) as error:
-        fail(f"--arch {arch} cannot be built for --image-size {image_size}: {error}")
+        patches = f" and --patch-size {options['patch_size']}" if options.get("patch_size") else ""
+        fail(f"--arch {arch} cannot be built for --image-size {image_size}{patches}: {error}")
     patch = patch_size(model) or 1
     if image_size % patch:
         fail(f"--image-size {image_size} is no multiple of the {patch}-pixel patches of {arch}; "
@@ -722,7 +728,7 @@ def classifier_prefixes(model):
 
 def load_backbone(model, weights, source):
     """Copy weights into a model, strictly but for the classifier: a backbone tensor that is missing, left over or of
-    another shape is an error that lists them. Position embeddings are resampled."""
+    another shape is an error that lists them. Patch and position embeddings are resampled."""
     classifier = classifier_prefixes(model)
     own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(classifier)}
     weights = {name: tensor for name, tensor in weights.items()
@@ -730,6 +736,12 @@ def load_backbone(model, weights, source):
     if "pos_embed" in own and "pos_embed" in weights and own["pos_embed"].shape != weights["pos_embed"].shape:
         weights["pos_embed"] = timm.layers.resample_abs_pos_embed(
             weights["pos_embed"], model.patch_embed.grid_size, num_prefix_tokens=model.num_prefix_tokens)
+    kernel = "patch_embed.proj.weight"
+    if kernel in own and kernel in weights and own[kernel].shape[2:] != weights[kernel].shape[2:]:
+        there, here = weights[kernel].shape, own[kernel].shape
+        if there[:2] == here[:2]:
+            say(f"init {source}: its patches of {there[2]} pixels are resampled to {here[2]} (--patch-size)")
+            weights[kernel] = timm.layers.resample_patch_embed(weights[kernel], list(here[2:]))
     missing = [name for name in own if name not in weights and not name.endswith("num_batches_tracked")]
     extra = [name for name in weights if name not in own]
     shapes = [f"{name} {tuple(weights[name].shape)} for {tuple(own[name].shape)}"
@@ -786,7 +798,7 @@ def load_trained(path):
         fail(f"{path} is a segmenter, of segment.py, and no classifier; for masks of new images take segment.py --predict")
     if not meta.get("classes"):
         fail(f"--init {path}: not the model.pt of a finetune.py run, which knows its classes")
-    model = create(meta["arch"], meta["num_classes"], meta["image_size"])
+    model = create(meta["arch"], meta["num_classes"], meta["image_size"], patch_size=meta.get("patch_size"))
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -1120,6 +1132,8 @@ def make_parser(description):
     data.add_argument("--metric", choices=METRICS, help="headline metric (default: the dataset's)")
     model.add_argument("--image-size", type=int,
                        help="pixels of a side, as models see images (default that of --init, or 224 as in the paper)")
+    model.add_argument("--patch-size", type=int, help="pixels of a side of a ViT's patches (default that of --init, or the "
+                       "architecture's own); small images want small ones, e.g. 4 for 28 pixels")
     model.add_argument("--arch", help=f"{', '.join(ARCHS)} or any timm name (default that of --init, or deit_small)")
     model.add_argument("--init", default="random", help="random, imagenet, imagenet-dino, or a checkpoint file")
     model.add_argument("--init-key", help="part of a checkpoint to take, e.g. student (default teacher or model)")
@@ -1173,9 +1187,8 @@ def parse(parser, stage):
     together."""
     args = parser.parse_args()
     args.stage = stage
-    at_least = {"image_size": 1, "limit": 1, "epochs": 1, "batch_size": 1, "lr": 0, "weight_decay": 0, "warmup_steps": 0,
-                "clip_grad": 0, "min_lr": 0, "seed": 0, "rotate": 0,
-                "patience": 0}
+    at_least = {"image_size": 1, "patch_size": 1, "limit": 1, "epochs": 1, "batch_size": 1, "lr": 0, "weight_decay": 0,
+                "warmup_steps": 0, "clip_grad": 0, "min_lr": 0, "seed": 0, "rotate": 0, "patience": 0}
     for name, low in at_least.items():
         value = getattr(args, name, None)
         if value is not None and value < low:
@@ -1194,6 +1207,7 @@ def parse(parser, stage):
             fail(f"--init {args.init} holds a {meta['arch']}, not the {args.arch} of --arch")
     args.arch = args.arch or meta.get("arch") or "deit_small"
     args.image_size = args.image_size or meta.get("image_size") or 224
+    args.patch_size = args.patch_size or meta.get("patch_size")
     args.init_label = init_label(args.init, meta)
     args.start = {"split": meta.get("split"), "fold": meta.get("fold")}
     return args
@@ -1357,9 +1371,9 @@ def training_facts(model, log):
 def save_model(path, weights, dataset, args, **own):
     """model.pt: weights in timm's names, and what a later stage needs to use them."""
     content = {"stage": args.stage, "arch": args.arch, "init": args.init_label, "dataset": dataset.name,
-               "image_size": args.image_size, "side": dataset.side, "fit": dataset.fit, "mean": dataset.mean,
-               "std": dataset.std, "metric": dataset.metric, "ordinal": dataset.ordinal, "seed": args.seed,
-               "split": dataset.fingerprint, "fold": args.fold, **own,
+               "image_size": args.image_size, "patch_size": args.patch_size, "side": dataset.side, "fit": dataset.fit,
+               "mean": dataset.mean, "std": dataset.std, "metric": dataset.metric, "ordinal": dataset.ordinal,
+               "seed": args.seed, "split": dataset.fingerprint, "fold": args.fold, **own,
                "state_dict": {name: w.cpu().contiguous() for name, w in weights.items()}}
     write_atomic(path, lambda part: torch.save(content, part))
 

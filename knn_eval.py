@@ -120,7 +120,8 @@ def main():
     if args.init not in common.NAMED_INITS:  # the model sees images as in its training
         _, meta = common.read_checkpoint(args.init, args.init_key)
         dataset.mean, dataset.std = meta.get("mean", dataset.mean), meta.get("std", dataset.std)
-    model, pretrained_on = common.build_model(args.arch, args.init, args.image_size, 0, args.seed, args.init_key)
+    model, pretrained_on = common.build_model(args.arch, args.init, args.image_size, 0, args.seed, args.init_key,
+                                              patch_size=args.patch_size)
     model = common.to_device(model, run).eval()
     folder = common.open_run(args, run, dataset, ["features.npz"])
     if args.compile:

@@ -112,7 +112,7 @@ def apply_recipe(args, images, run):
     """Fill the flags that were not given from the recipe, in place, and check what hangs together."""
     if args.recipe == "auto":
         args.recipe = "small" if args.init == "random" and images < FEW else "paper"
-    patch = common.patch_size(common.create(args.arch, 0, args.image_size))  # None: a CNN
+    patch = common.patch_size(common.create(args.arch, 0, args.image_size, patch_size=args.patch_size))  # None: a CNN
     unit = patch or 16
     defaults = {**RECIPES[args.recipe], "local_size": max(1, round(args.image_size * 3 / 7 / unit)) * unit}  # 96 at 224
     if args.recipe == "small" and not patch:
@@ -293,7 +293,7 @@ def losses(student, teacher, crops, temp, args, run):
 
 def build(args, run):
     """(student, teacher, pretrained_on): equal at the start, drop path in the student alone, a center in the teacher."""
-    options = {"dynamic_img_size": True}  # crops come in two resolutions
+    options = {"dynamic_img_size": True, "patch_size": args.patch_size}  # crops come in two resolutions
     drop_path = {"drop_path_rate": args.drop_path} if args.drop_path else {}
     try:
         backbone, pretrained_on = common.build_model(args.arch, args.init, args.image_size, 0, args.seed, args.init_key,

@@ -176,13 +176,13 @@ class DeepLab(torch.nn.Module):
         return self.classifier(feature_map(self.backbone, images))
 
 
-def build_segmenter(arch, init, image_size, output_stride, num_classes, seed=0, init_key=None):
+def build_segmenter(arch, init, image_size, output_stride, num_classes, seed=0, init_key=None, patch_size=None):
     """(DeepLab on --arch with the weights of --init, the dataset that they come from or None)."""
     how = (arch, init, image_size, 0, seed, init_key)
     try:
-        backbone, pretrained_on = common.build_model(*how, output_stride=output_stride)
+        backbone, pretrained_on = common.build_model(*how, output_stride=output_stride, patch_size=patch_size)
     except (TypeError, AssertionError, NotImplementedError):  # ViTs and the like cannot be dilated
-        backbone, pretrained_on = common.build_model(*how)
+        backbone, pretrained_on = common.build_model(*how, patch_size=patch_size)
     return DeepLab(backbone, num_classes, image_size), pretrained_on
 
 
@@ -193,7 +193,8 @@ def load_segmenter(path):
         fail(f"{path} is a classifier, of finetune.py, and knows no masks; for new images take finetune.py --predict")
     if not meta.get("classes"):
         fail(f"{path}: not the model.pt of a segment.py run, which knows its classes")
-    model, _ = build_segmenter(meta["arch"], "random", meta["image_size"], meta["output_stride"], meta["num_classes"])
+    model, _ = build_segmenter(meta["arch"], "random", meta["image_size"], meta["output_stride"], meta["num_classes"],
+                               patch_size=meta.get("patch_size"))
     try:
         model.load_state_dict({name if name.startswith("classifier.") else f"backbone.{name}": tensor
                                for name, tensor in weights.items()})
@@ -884,7 +885,7 @@ def main():
     if len(dataset.rows["train"]) < args.batch_size:
         fail(f"--batch-size {args.batch_size} is more than the {len(dataset.rows['train'])} training images")
     model, pretrained_on = build_segmenter(args.arch, args.init, args.image_size, args.output_stride,
-                                           len(dataset.mask_classes), args.seed, args.init_key)
+                                           len(dataset.mask_classes), args.seed, args.init_key, args.patch_size)
     common.keep_classifier(model, "classifier.", args.init, dataset.mask_classes, "masks")
     model = common.to_device(model, run)
     folder = common.open_run(args, run, dataset, ["curves.png", "examples.png"])
