@@ -109,7 +109,8 @@ def test_colours_equal_torchvision():
 def tiny_state(out_dim=16, **changes):
     """A student, a teacher and settings for train_epoch on eight demo images."""
     args = SimpleNamespace(**{
-        "arch": "test_vit", "init": "random", "init_key": None, "seed": 0, "image_size": 32, "local_size": 16,
+        "arch": "test_vit", "init": "random", "init_key": None, "seed": 0, "image_size": 32, "patch_size": None,
+        "local_size": 16,
         "local_crops": 2, "out_dim": out_dim, "head_norm": "none", "drop_path": 0.0, "batch_size": 8,
         "accumulate": 1, "epochs": 1, "student_temp": 0.1, "global_scale": [0.4, 1], "centering": "mean",
         "local_scale": [0.1, 0.4], "jitter": [0.4, 0.4, 0.2, 0.1], "center_momentum": 0.9,
@@ -181,7 +182,7 @@ def test_schedules_reach_the_optimizer():
 def test_recipes_yield_to_flags(given, images, expected):
     names = {**dino.PAPER, "local_size": None}
     args = SimpleNamespace(**{**dict.fromkeys(names), "init": "random", "recipe": "auto", "image_size": 32,
-                              "accumulate": 1, **given})
+                              "patch_size": None, "accumulate": 1, **given})
     dino.apply_recipe(args, images, common.Run(0, 1, torch.device("cpu"), "off"))
     assert {name: getattr(args, name) for name in expected} == expected
     assert args.local_size == 16 and args.teacher_temp > 0
@@ -190,7 +191,8 @@ def test_recipes_yield_to_flags(given, images, expected):
 def settings_of(recipe):
     """The settings of a recipe for 64 epochs of test_vit on 6,400 images."""
     args = SimpleNamespace(**{**dict.fromkeys(dino.PAPER), "local_size": None, "arch": "test_vit", "init": "random",
-                              "recipe": recipe, "image_size": 32, "accumulate": 1, "epochs": 64, "min_lr": 1e-6})
+                              "recipe": recipe, "image_size": 32, "patch_size": None, "accumulate": 1, "epochs": 64,
+                              "min_lr": 1e-6})
     dino.apply_recipe(args, 6400, common.Run(0, 1, torch.device("cpu"), "off"))
     return args
 
