@@ -13,6 +13,7 @@ import math
 import os
 import pickle
 import platform
+import re
 import shlex
 import sys
 import time
@@ -45,7 +46,8 @@ def fail(message):
     """A user's mistake: one line on stderr, exit code 2. Of several processes that see it, one says it."""
     # rank 0 speaks at once, and torchrun then ends the others before they repeat it; one that sees it alone speaks late
     time.sleep(3 * int(os.environ.get("LOCAL_RANK", 0)))
-    print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
+    plain = re.sub(r"\x1b(\[[0-9;]*m?)?", "", str(message))  # torch has some of its errors in bold
+    print("error: " + " ".join(plain.split()), file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
