@@ -690,7 +690,8 @@ def read_checkpoint(path, key=None):
              f"save its state_dict alone ({str(error).splitlines()[0][:120]})")
     except Exception as error:  # torch and safetensors raise half a dozen kinds on a damaged file
         fail(f"--init {path}: not a readable checkpoint ({type(error).__name__}: {str(error)[:120]})")
-    meta = content if isinstance(content, dict) and "arch" in content and "state_dict" in content else {}
+    own = isinstance(content, dict) and "stage" in content and "state_dict" in content  # others have other names for arch
+    meta = content if own else {}
     for name in [key] if key else ["teacher", "state_dict", "model", "backbone"]:
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]

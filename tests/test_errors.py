@@ -83,7 +83,7 @@ def test_checkpoint_of_another_architecture(tmp_path):
     torch.save(common.create("test_resnet", 4, 32).state_dict(), tmp_path / "other.pth")
     refused(finetune(tmp_path, "--init", "other.pth"),
             "other.pth", "missing: cls_token", "left over: conv1.0.weight")
-    torch.save({"arch": "test_resnet", "state_dict": common.create("test_resnet", 4, 32).state_dict()},
+    torch.save({"stage": "finetune", "arch": "test_resnet", "state_dict": common.create("test_resnet", 4, 32).state_dict()},
                tmp_path / "model.pt")
     refused(finetune(tmp_path, "--init", "model.pt"), "holds a test_resnet", "--arch")
 

@@ -92,6 +92,18 @@ def test_patch_sizes_that_cannot_be(here, arch, patch, words):
         assert not (here / "run").exists()
 
 
+# ---------------------------------------------------------------- files of others ---------------------------
+
+def test_the_arch_in_a_file_of_others_is_their_name(here):
+    """It neither decides --arch, whose default stays deit_small, nor contradicts it."""
+    torch.save({"arch": "vit_small", "state_dict": seeded("test_vit", img_size=32).state_dict()}, here / "moco.pth")
+    run = ["--data", "demo", "--limit", "8", "--init", "moco.pth", *TINY]
+    stage("knn_eval.py", *run, "--arch", "test_vit", "--output", "run", cwd=here)
+    assert metrics(here / "run")["arch"] == "test_vit" and metrics(here / "run")["init"] == "moco"
+    done = stage("knn_eval.py", *run, "--output", "other", cwd=here, check=False)
+    refused(done, "moco.pth does not fit VisionTransformer", "missing: blocks.6", "cls_token (1, 1, 64) for (1, 1, 384)")
+
+
 # ---------------------------------------------------------------- as commands -------------------------------
 
 def test_a_whole_model_is_refused_in_plain_letters(here):
