@@ -852,6 +852,18 @@ def features(model, images, pool="auto"):
     return tokens[:, 0] if pool == "cls" else tokens[:, prefix:].mean(1)
 
 
+def as_map(model, x):
+    """Features of a timm model as a map (B, C, h, w): a ViT's patch tokens, the last of (B, T, C), put back in their places,
+    channels-last maps turned."""
+    if x.ndim == 4:
+        return x.permute(0, 3, 1, 2) if x.shape[3] == model.num_features != x.shape[1] else x
+    patches = getattr(getattr(model, "patch_embed", None), "num_patches", 0)
+    side = math.isqrt(patches)  # images are square
+    if not 0 < side ** 2 == patches <= x.shape[1]:
+        fail(f"{type(model).__name__} gives no map of its patches; take a CNN or a plain ViT, such as deit_small")
+    return x[:, -patches:].transpose(1, 2).unflatten(2, (side, side))
+
+
 @torch.inference_mode()
 def outputs(function, width, dataset, rows, image_size, run, batch_size=128):
     """function(images as evaluation sees them) -> (B, width), of rows of a dataset: (n, width) float32, in their order,

@@ -64,14 +64,6 @@ def probabilities(logits, task):
     return logits.softmax(1) if task == "classes" else logits.sigmoid()
 
 
-def as_map(model, x):
-    """Features as (B, C, h, w): tokens without CLS put back in their places, channels-last maps turned."""
-    if x.ndim == 3:
-        grid = model.patch_embed.grid_size
-        return x[:, x.shape[1] - grid[0] * grid[1]:].transpose(1, 2).unflatten(2, grid)
-    return x.permute(0, 3, 1, 2) if x.shape[3] == model.num_features != x.shape[1] else x
-
-
 def grad_cam(model, images, targets, task):
     """Grad-CAM (B, h, w) float32 and the logits (B, C) for targets (B,), or None for the predicted classes:
     relu(sum_k a_k A_k), a_k the mean over places of d score / d A_k (Selvaraju et al. 2017, eq. 1, 2). A: the
@@ -87,7 +79,7 @@ def grad_cam(model, images, targets, task):
         logits = model.forward_head(kept[0])
     targets = probabilities(logits, task).argmax(1) if targets is None else targets
     score = class_logits(logits, task).gather(1, targets[:, None]).sum()
-    features, gradient = (as_map(model, x) for x in (*kept, *torch.autograd.grad(score, kept)))
+    features, gradient = (common.as_map(model, x) for x in (*kept, *torch.autograd.grad(score, kept)))
     return (gradient.mean((2, 3), keepdim=True) * features).sum(1).relu().detach().float(), logits.detach()
 
 
@@ -225,8 +217,11 @@ def open_model(name, number, args):
     meta |= {"run": name, "name": label, "method": method, "mass": args.mass if method == "attention" else 1}
     if args.target is not None and args.target not in meta["classes"]:
         fail(f"--target {args.target}: {name} knows {common.some(meta['classes'], 30)}")
-    if method != "gradcam":  # this refuses other kinds of attention now, not half-way
-        last = read(torch.zeros(1, 3, meta["image_size"], meta["image_size"]))[-1]
+    blank = torch.zeros(1, 3, meta["image_size"], meta["image_size"])
+    if method == "gradcam":  # models without a map, or with other kinds of attention, are refused now, not half-way
+        grad_cam(model, blank, None, meta["task"])
+    else:
+        last = read(blank)[-1]
         if getattr(model, "cls_token", None) is None:
             fail(f"--runs {name}: {meta['arch']} has no CLS token to ask; use --method gradcam")
         if args.head is not None and not 0 <= args.head < last.shape[1]:

@@ -146,11 +146,7 @@ class ReachConv(torch.nn.Module):
 
 def feature_map(backbone, images):
     """The last feature map of any timm model (B, C, h, w): a ViT's patch tokens in their places."""
-    tokens = backbone.forward_features(images)
-    if tokens.ndim == 3:
-        tokens = tokens[:, getattr(backbone, "num_prefix_tokens", 0):].unflatten(1, backbone.patch_embed.grid_size)
-    nhwc = tokens.shape[-1] == backbone.num_features and tokens.shape[1] != backbone.num_features
-    return tokens.permute(0, 3, 1, 2) if nhwc else tokens
+    return common.as_map(backbone, backbone.forward_features(images))
 
 
 class DeepLab(torch.nn.Module):

@@ -106,6 +106,25 @@ def test_the_arch_in_a_file_of_others_is_their_name(here):
 
 # ---------------------------------------------------------------- as commands -------------------------------
 
+def test_xcit_in_every_stage(here):
+    """Its attention is over channels, so that it gets Grad-CAM; its patches have their places."""
+    run = ["--data", "demo", "--arch", "xcit_nano_12_p16_224", *ONCE, "--batch-size", "4", *TINY]
+    stage("finetune.py", *run, "--output", "tuned", cwd=here)
+    stage("segment.py", *run, "--init", "tuned/model.pt", "--output", "masks", cwd=here)
+    stage("saliency.py", "--data", "demo", "--runs", "tuned", "--images", "2", "--score-images", "2", "--output", "maps",
+          "--device", "cpu", cwd=here)
+    assert metrics(here / "maps")["runs"][0]["method"] == "gradcam"
+
+
+def test_models_without_a_map_are_refused(here):
+    run = ["--data", "demo", "--arch", "levit_128s", *ONCE, "--batch-size", "4", *TINY]
+    refused(stage("segment.py", *run, "--output", "masks", cwd=here, check=False), "no map of its patches")
+    stage("finetune.py", *run, "--output", "tuned", cwd=here)
+    done = stage("saliency.py", "--data", "demo", "--runs", "tuned", "--output", "maps", "--device", "cpu", cwd=here, check=False)
+    refused(done, "no map of its patches")
+    assert not (here / "masks").exists() and not (here / "maps").exists()
+
+
 def test_a_whole_model_is_refused_in_plain_letters(here):
     """What torch says of it has a part in bold."""
     torch.save(seeded("test_vit"), here / "whole.pth")
