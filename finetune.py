@@ -402,6 +402,9 @@ def main():
                                               args.init_key, patch_size=args.patch_size)
     if not args.freeze:
         common.keep_classifier(model, common.classifier_prefixes(model), args.init, dataset.classes, dataset.task)
+    normalised = any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    if args.batch_size == 1 and normalised and not args.freeze:
+        fail(f"--batch-size 1: the batch norm of {args.arch} needs at least 2 images")
     model = common.to_device(model, run)
     folder = common.open_run(args, run, dataset, ["curves.png", "confusion.png"])
     train = probe if args.freeze else fit

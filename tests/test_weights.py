@@ -125,6 +125,15 @@ def test_models_without_a_map_are_refused(here):
     assert not (here / "masks").exists() and not (here / "maps").exists()
 
 
+def test_batch_norm_of_one_image(here):
+    run = ["--data", "demo", "--arch", "resnet18", *ONCE, "--batch-size", "1", *TINY]
+    refused(stage("finetune.py", *run, "--output", "run", cwd=here, check=False), "--batch-size 1", "resnet18", "at least 2")
+    done = stage("pretrain_dino.py", *run, "--local-crops", "1", "--output", "run", cwd=here, check=False)
+    refused(done, "--batch-size 1", "resnet18", "--local-crops 2")
+    assert not (here / "run").exists()
+    stage("finetune.py", *run, "--freeze", "--output", "frozen", cwd=here)
+
+
 def test_a_whole_model_is_refused_in_plain_letters(here):
     """What torch says of it has a part in bold."""
     torch.save(seeded("test_vit"), here / "whole.pth")
