@@ -20,7 +20,7 @@ import time
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from fnmatch import fnmatch
@@ -729,22 +729,39 @@ def classifier_prefixes(model):
     return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
 
 
+def fit_weights(model, weights, source):
+    """Weights {name: tensor} as a model wants them: converted by the filter that timm has for its architecture, patch and
+    position embeddings resampled."""
+    own = model.state_dict()
+    kernel = "patch_embed.proj.weight"
+    there, here = (tensors[kernel].shape[2:] if kernel in tensors else () for tensors in (weights, own))
+    if there and here and there != here:
+        say(f"init {source}: its patches of {there[0]} pixels are resampled to {here[0]} (--patch-size)")
+        weights[kernel] = timm.layers.resample_patch_embed(weights[kernel], list(here))
+    module = sys.modules[timm.models.model_entrypoint(model.pretrained_cfg["architecture"]).__module__]
+    if hasattr(module, "checkpoint_filter_fn"):
+        with redirect_stdout(io.StringIO()):  # one prints what it tries
+            converted = module.checkpoint_filter_fn(dict(weights), model)
+        weights = converted
+    places = weights.get("pos_embed")
+    if "pos_embed" in own and places is not None and own["pos_embed"].ndim == places.ndim == 3:
+        tokens = own["pos_embed"].shape[1]
+        side = math.isqrt(tokens)  # images are square
+        weights["pos_embed"] = timm.layers.resample_abs_pos_embed(places, [side, side], num_prefix_tokens=tokens - side ** 2)
+    return weights
+
+
 def load_backbone(model, weights, source):
     """Copy weights into a model, strictly but for the classifier: a backbone tensor that is missing, left over or of
-    another shape is an error that lists them. Patch and position embeddings are resampled."""
+    another shape is an error that lists them."""
     classifier = classifier_prefixes(model)
     own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(classifier)}
+    try:
+        weights = fit_weights(model, dict(weights), source)
+    except Exception:
+        pass  # they are of another architecture, as the lists below show
     weights = {name: tensor for name, tensor in weights.items()
                if name in own or not name.startswith((*HEADS, *classifier))}
-    if "pos_embed" in own and "pos_embed" in weights and own["pos_embed"].shape != weights["pos_embed"].shape:
-        weights["pos_embed"] = timm.layers.resample_abs_pos_embed(
-            weights["pos_embed"], model.patch_embed.grid_size, num_prefix_tokens=model.num_prefix_tokens)
-    kernel = "patch_embed.proj.weight"
-    if kernel in own and kernel in weights and own[kernel].shape[2:] != weights[kernel].shape[2:]:
-        there, here = weights[kernel].shape, own[kernel].shape
-        if there[:2] == here[:2]:
-            say(f"init {source}: its patches of {there[2]} pixels are resampled to {here[2]} (--patch-size)")
-            weights[kernel] = timm.layers.resample_patch_embed(weights[kernel], list(here[2:]))
     missing = [name for name in own if name not in weights and not name.endswith("num_batches_tracked")]
     extra = [name for name in weights if name not in own]
     shapes = [f"{name} {tuple(weights[name].shape)} for {tuple(own[name].shape)}"
@@ -1147,8 +1164,9 @@ def make_parser(description):
     data.add_argument("--metric", choices=METRICS, help="headline metric (default: the dataset's)")
     model.add_argument("--image-size", type=int,
                        help="pixels of a side, as models see images (default that of --init, or 224 as in the paper)")
-    model.add_argument("--patch-size", type=int, help="pixels of a side of a ViT's patches (default that of --init, or the "
-                       "architecture's own); small images want small ones, e.g. 4 for 28 pixels")
+    model.add_argument("--patch-size", type=int,
+                       help="pixels of a side of a ViT's patches (default that of --init, or the architecture's own); small "
+                       "images want small ones, e.g. 4 for 28 pixels")
     model.add_argument("--arch", help=f"{', '.join(ARCHS)} or any timm name (default that of --init, or deit_small)")
     model.add_argument("--init", default="random", help="random, imagenet, imagenet-dino, or a checkpoint file")
     model.add_argument("--init-key", help="part of a checkpoint to take, e.g. student (default teacher or model)")

@@ -92,6 +92,29 @@ def test_patch_sizes_that_cannot_be(here, arch, patch, words):
         assert not (here / "run").exists()
 
 
+# ---------------------------------------------------------------- image sizes -------------------------------
+
+@pytest.mark.parametrize("arch, there, size, prefix", [
+    ("test_vit", 64, 32, 1), ("deit_tiny_distilled_patch16_224", 64, 32, 2),
+    ("deit3_small_patch16_224", 64, 32, 0), ("vit_small_patch14_reg4_dinov2", 70, 28, 0), ("flexivit_small", 32, 64, 0),
+    ("vit_wee_patch16_reg1_gap_256", 64, 32, 0), ("cait_xxs24_224", 64, 32, 0), ("hiera_tiny_224", 64, 32, 0)])
+def test_position_embeddings_of_any_vit_are_resampled(tmp_path, arch, there, size, prefix):
+    """`prefix` of its position embeddings belong to no patch and stay; all other tensors are those of the file."""
+    weights = seeded(arch, img_size=there).state_dict()
+    model = built(tmp_path, weights, arch, size)
+    loaded = model.state_dict()
+    for name in weights.keys() - {"pos_embed"}:
+        assert torch.equal(loaded[name], weights[name]), name
+    places = weights["pos_embed"]
+    side, side_now = (math.isqrt(p.shape[1] - prefix) for p in (places, loaded["pos_embed"]))
+    assert side != side_now
+    grid = places[:, prefix:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    grid = torch.nn.functional.interpolate(grid, (side_now, side_now), mode="bicubic", antialias=True)
+    expected = torch.cat([places[:, :prefix], grid.flatten(2).transpose(1, 2)], 1)
+    assert (loaded["pos_embed"] - expected).abs().max() < 1e-6
+    assert model(random_images(size)).isfinite().all()
+
+
 # ---------------------------------------------------------------- files of others ---------------------------
 
 def test_the_arch_in_a_file_of_others_is_their_name(here):
