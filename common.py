@@ -635,7 +635,20 @@ DINO_IMAGENET = {"deit_small": "vit_small_patch16_224.dino", "deit_base": "vit_b
                  "resnet50": "https://dl.fbaipublicfiles.com/dino/dino_resnet50_pretrain/"
                              "dino_resnet50_pretrain.pth"}
 NAMED_INITS = ("random", "imagenet", "imagenet-dino")  # --init takes these or a file
-HEADS = ("head.", "head_dist.", "fc.", "classifier.")  # what a backbone does not need of a checkpoint
+HEADS = ("head.", "head_dist.", "fc.", "classifier.")
+# what a backbone does not need of a checkpoint: heads, the token of masked patches and their decoder, a text tower
+LEFT_OUT = (*HEADS, "cls_classifier.", "distillation_classifier.", "pooler.", "visual.head.", "mask_token", "decoder_",
+            "decoder.", "text.", "transformer.", "token_embedding.", "positional_embedding", "ln_final.",
+            "text_projection", "logit_scale", "logit_bias")
+PREFIXES = ("_orig_mod.", "module.", "model.", "backbone.", "visual.trunk.", "vit.", "deit.", "dinov2.",
+            "dinov2_with_registers.")
+TRANSFORMERS = {  # patterns of names in Hugging Face's transformers, and timm's names, in the order of replacement
+    r"^embeddings\.patch_embeddings\.projection": "patch_embed.proj", r"^embeddings\.position_embeddings": "pos_embed",
+    r"^embeddings\.distillation_token": "dist_token", r"^embeddings\.": "", r"^encoder\.layer\.": "blocks.",
+    r"attention\.output\.dense": "attn.proj", r"intermediate\.dense": "mlp.fc1", r"output\.dense": "mlp.fc2",
+    "layernorm_before": "norm1", "layernorm_after": "norm2", "^layernorm": "norm",
+    r"layer_scale(\d)\.lambda1": r"ls\1.gamma"}
+RADIMAGENET = {"^0": "conv1", "^1": "bn1", "^4": "layer1", "^5": "layer2", "^6": "layer3", "^7": "layer4"}
 
 
 def create(arch, num_classes, image_size, **options):
@@ -672,9 +685,9 @@ def patch_size(model):
 
 
 def read_checkpoint(path, key=None):
-    """(weights, meta) of a model.pt of this project, a timm or torchvision state dict (.pt, .pth, .safetensors) or a
-    checkpoint of facebookresearch/dino (`key` "teacher", the default, or "student"). Data only: code in a file is
-    refused. meta is what a model.pt says about itself, {} elsewhere."""
+    """(weights, meta) of a model.pt of this project, a state dict of others (.pt, .pth, .bin, .safetensors) or a checkpoint
+    that holds one, such as facebookresearch/dino's (`key` "teacher", the default, or "student"), without the PREFIXES of
+    its names. Data only: code in a file is refused. meta is what a model.pt says about itself, {} elsewhere."""
     if not Path(path).is_file():
         fail(f"--init {path}: no such file ({', '.join(NAMED_INITS)} are the names that are no files)")
     try:
@@ -702,7 +715,7 @@ def read_checkpoint(path, key=None):
         fail(f"--init {path}: no weights in it (expected tensors by name, or a dict with state_dict, model or teacher)")
     weights = {}
     for name, tensor in content.items():
-        for prefix in ("_orig_mod.", "module.", "model.", "backbone."):
+        for prefix in PREFIXES:
             name = name.removeprefix(prefix)
         weights[name] = tensor
     return weights, {name: value for name, value in meta.items() if name != "state_dict"}
@@ -729,9 +742,27 @@ def classifier_prefixes(model):
     return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
 
 
+def timm_names(weights):
+    """Weights {name: tensor} in timm's names where they have those of Hugging Face's transformers, whose query, key and
+    value are joined, or a ResNet's children by number, as RadImageNet's."""
+    foreign = {"embeddings.cls_token": TRANSFORMERS, "4.0.conv1.weight": RADIMAGENET}
+    patterns = next((patterns for name, patterns in foreign.items() if name in weights), {})
+    renamed = {}
+    for name, tensor in weights.items():
+        for theirs, ours in patterns.items():
+            name = re.sub(theirs, ours, name)
+        renamed[name] = tensor
+    for name in [name for name in renamed if ".attention.attention.query." in name]:
+        parts = [name.replace("query", part) for part in ("query", "key", "value")]
+        if all(part in renamed for part in parts):
+            joined = torch.cat([renamed.pop(part) for part in parts])
+            renamed[name.replace("attention.attention.query", "attn.qkv")] = joined
+    return renamed
+
+
 def fit_weights(model, weights, source):
     """Weights {name: tensor} as a model wants them: converted by the filter that timm has for its architecture, patch and
-    position embeddings resampled."""
+    position embeddings resampled, a stem of one channel spread over three, which gives grey images what it gave them."""
     own = model.state_dict()
     kernel = "patch_embed.proj.weight"
     there, here = (tensors[kernel].shape[2:] if kernel in tensors else () for tensors in (weights, own))
@@ -742,26 +773,35 @@ def fit_weights(model, weights, source):
     if hasattr(module, "checkpoint_filter_fn"):
         with redirect_stdout(io.StringIO()):  # one prints what it tries
             converted = module.checkpoint_filter_fn(dict(weights), model)
+        if "storage_tokens" in weights and "blocks.0.attn.q_bias" not in own:
+            # DINOv3's drops the biases for which a model has no place, be they zero or not
+            converted |= {name: tensor for name, tensor in weights.items() if name.endswith("qkv.bias") and tensor.any()}
         weights = converted
     places = weights.get("pos_embed")
     if "pos_embed" in own and places is not None and own["pos_embed"].ndim == places.ndim == 3:
         tokens = own["pos_embed"].shape[1]
         side = math.isqrt(tokens)  # images are square
         weights["pos_embed"] = timm.layers.resample_abs_pos_embed(places, [side, side], num_prefix_tokens=tokens - side ** 2)
+    for name, tensor in weights.items():
+        if name in own and tensor.ndim == own[name].ndim == 4 and (tensor.shape[1], own[name].shape[1]) == (1, 3):
+            say(f"init {source}: its stem of one channel is spread over three")
+            weights[name] = tensor.expand(-1, 3, -1, -1) / 3
     return weights
 
 
 def load_backbone(model, weights, source):
-    """Copy weights into a model, strictly but for the classifier: a backbone tensor that is missing, left over or of
+    """Copy weights into a model, strictly but for what LEFT_OUT names: a backbone tensor that is missing, left over or of
     another shape is an error that lists them."""
     classifier = classifier_prefixes(model)
+    known = tuple(dict.fromkeys((*LEFT_OUT, *classifier)))
     own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(classifier)}
+    weights = timm_names(weights)
+    left_out = [f"{part}*" for part in known if any(name.startswith(part) and name not in own for name in weights)]
     try:
-        weights = fit_weights(model, dict(weights), source)
+        weights = fit_weights(model, weights, source)
     except Exception:
         pass  # they are of another architecture, as the lists below show
-    weights = {name: tensor for name, tensor in weights.items()
-               if name in own or not name.startswith((*HEADS, *classifier))}
+    weights = {name: tensor for name, tensor in weights.items() if name in own or not name.startswith(known)}
     missing = [name for name in own if name not in weights and not name.endswith("num_batches_tracked")]
     extra = [name for name in weights if name not in own]
     shapes = [f"{name} {tuple(weights[name].shape)} for {tuple(own[name].shape)}"
@@ -772,7 +812,8 @@ def load_backbone(model, weights, source):
         fail(f"--init {source} does not fit {type(model).__name__}: {matched} of {len(own)} tensors match; "
              + "; ".join(f"{what}: {some(names)}" for what, names in wrong.items() if names))
     model.load_state_dict(weights, strict=False)
-    say(f"init {source}: {matched} of {len(own)} backbone tensors loaded")
+    aside = f", left out: {some(left_out, 20)}" if left_out else ""
+    say(f"init {source}: {matched} of {len(own)} backbone tensors loaded{aside}")
 
 
 def build_model(arch, init, image_size, num_classes, seed=0, init_key=None, **options):

@@ -117,6 +117,14 @@ def test_position_embeddings_of_any_vit_are_resampled(tmp_path, arch, there, siz
 
 # ---------------------------------------------------------------- files of others ---------------------------
 
+def test_imagenet_example(tmp_path):
+    model = seeded("resnet18")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    content = {"epoch": 90, "arch": "resnet18", "best_acc1": torch.tensor(69.8), "optimizer": optimizer.state_dict(),
+               "state_dict": {f"module.{name}": tensor for name, tensor in model.state_dict().items()}}
+    assert_same(built(tmp_path, content, "resnet18", 64), model, 64)
+
+
 def test_the_arch_in_a_file_of_others_is_their_name(here):
     """It neither decides --arch, whose default stays deit_small, nor contradicts it."""
     torch.save({"arch": "vit_small", "state_dict": seeded("test_vit", img_size=32).state_dict()}, here / "moco.pth")
@@ -127,7 +135,166 @@ def test_the_arch_in_a_file_of_others_is_their_name(here):
     refused(done, "moco.pth does not fit VisionTransformer", "missing: blocks.6", "cls_token (1, 1, 64) for (1, 1, 384)")
 
 
+def test_mae(tmp_path, capsys):
+    model = seeded("test_vit", img_size=32)
+    decoder = {"mask_token": torch.rand(1, 1, 32), "decoder_pos_embed": torch.rand(1, 5, 32),
+               "decoder_embed.weight": torch.rand(32, 64), "decoder_blocks.0.attn.qkv.weight": torch.rand(96, 32)}
+    assert_same(built(tmp_path, {"model": {**model.state_dict(), **decoder}}, "test_vit", 32), model)
+    assert "78 of 78 backbone tensors loaded, left out: mask_token*, decoder_*" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        built(tmp_path, {"model": {**model.state_dict(), **decoder, "encoder_norm.weight": torch.rand(64)}}, "test_vit", 32)
+    assert "left over: encoder_norm.weight" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [64, 32])
+def test_dinov2(tmp_path, size, capsys):
+    """The authors' layout without and with registers, which there have position embeddings for CLS and in timm have not."""
+    model = seeded("test_vit", img_size=64, init_values=0.1)
+    theirs = {**model.state_dict(), "mask_token": torch.zeros(1, 64)}
+    reference = built(tmp_path, model.state_dict(), "test_vit", size, init_values=0.1)
+    assert_same(built(tmp_path, theirs, "test_vit", size, init_values=0.1), reference, size)
+    registers = {"init_values": 0.1, "reg_tokens": 4, "no_embed_class": True}
+    model = seeded("test_vit", img_size=64, **registers)
+    reference = built(tmp_path, model.state_dict(), "test_vit", size, **registers)
+    theirs = {**model.state_dict(), "mask_token": torch.zeros(1, 64)}
+    first = torch.full((1, 1, 64), 0.3)
+    theirs["register_tokens"] = theirs.pop("reg_token")
+    theirs["cls_token"] = theirs["cls_token"] - first
+    theirs["pos_embed"] = torch.cat([first, theirs["pos_embed"]], 1)
+    capsys.readouterr()
+    assert_same(built(tmp_path, theirs, "test_vit", size, **registers), reference, size)
+    assert "left out: mask_token*" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not timm.is_model("vit_small_patch16_dinov3"), reason="this timm has no DINOv3")
+def test_dinov3(tmp_path, capsys):
+    """The authors' layout; biases that a model has no place for are left out where they are 0, and else refused."""
+    model = seeded("vit_small_patch16_dinov3_qkvb", img_size=32)
+    weights = model.state_dict()
+    theirs = {"mask_token": torch.zeros(1, 384), "rope_embed.periods": torch.rand(16)}
+    for name, tensor in weights.items():
+        block, _, last = name.rpartition(".")
+        if last == "q_bias":
+            bias = torch.cat([tensor, torch.zeros(384), weights[f"{block}.v_bias"]])
+            theirs |= {f"{block}.qkv.bias": bias, f"{block}.qkv.bias_mask": torch.ones(3 * 384)}
+        elif last not in ("v_bias", "k_bias"):
+            name = name.replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma")
+            theirs[name.replace("reg_token", "storage_tokens")] = tensor
+    assert_same(built(tmp_path, theirs, "vit_small_patch16_dinov3_qkvb", 32), model)
+    assert "left out: mask_token*" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        built(tmp_path, theirs, "vit_small_patch16_dinov3", 32)
+    assert "left over: blocks.0.attn.qkv.bias" in capsys.readouterr().err
+    for name in theirs:
+        if name.endswith("qkv.bias"):
+            theirs[name].zero_()
+    built(tmp_path, theirs, "vit_small_patch16_dinov3", 32)
+
+
+@pytest.mark.parametrize("text", [["text.transformer.resblocks.0.ln_1.weight", "text.positional_embedding", "text.text_projection"],
+                                  ["transformer.resblocks.0.ln_1.weight", "token_embedding.weight", "positional_embedding",
+                                   "ln_final.weight", "text_projection", "logit_bias"]])
+def test_vision_towers_of_open_clip(tmp_path, capsys, text):
+    for arch, options in (("test_vit", {"img_size": 32}), ("resnet18", {})):
+        model = seeded(arch, **options)
+        theirs = {f"visual.trunk.{name}": tensor for name, tensor in model.state_dict().items()}
+        theirs |= {name: torch.rand(8) for name in ["logit_scale", "visual.head.proj.weight", *text]}
+        assert_same(built(tmp_path, theirs, arch, 32), model)
+        out = capsys.readouterr().out
+        assert "left out: visual.head.*" in out and "logit_scale*" in out and f"{text[0].split('.')[0]}.*" in out
+
+
+def test_radimagenet(tmp_path):
+    """A ResNet-50 as torch.nn.Sequential of its children: convolution, norm, ReLU, pooling, four layers."""
+    model = seeded("resnet50")
+    numbers = {"conv1": 0, "bn1": 1, "layer1": 4, "layer2": 5, "layer3": 6, "layer4": 7}
+    theirs = {}
+    for name, tensor in model.state_dict().items():
+        child, _, rest = name.partition(".")
+        theirs[f"backbone.{numbers[child]}.{rest}"] = tensor
+    assert_same(built(tmp_path, theirs, "resnet50", 64), model, 64)
+
+
+def as_transformers(weights, dinov2=False):
+    """A timm ViT's weights in the names of Hugging Face's transformers: of its ViT, or its Dinov2."""
+    top = {"patch_embed.proj": "embeddings.patch_embeddings.projection", "pos_embed": "embeddings.position_embeddings",
+           "cls_token": "embeddings.cls_token", "dist_token": "embeddings.distillation_token",
+           "reg_token": "embeddings.register_tokens", "norm": "layernorm"}
+    inner = {"attn.proj": "attention.output.dense", "norm1": "layernorm_before", "norm2": "layernorm_after",
+             "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
+    if dinov2:
+        inner = {"attn.proj": "attention.output.dense", "ls1": "layer_scale1", "ls2": "layer_scale2"}
+    theirs = {}
+    for name, tensor in weights.items():
+        part, _, last = name.rpartition(".")
+        if not part.startswith("blocks."):
+            name = top[name] if name in top else f"{top[part]}.{last}"
+            theirs[name] = tensor
+            continue
+        _, number, module = part.split(".", 2)
+        layer = f"encoder.layer.{number}"
+        if module == "attn.qkv":
+            for kind, third in zip(("query", "key", "value"), tensor.chunk(3)):
+                theirs[f"{layer}.attention.attention.{kind}.{last}"] = third
+        else:
+            theirs[f"{layer}.{inner.get(module, module)}.{last.replace('gamma', 'lambda1')}"] = tensor
+    return theirs
+
+
+@pytest.mark.parametrize("arch, prefix, options, more", [
+    ("test_vit", "vit.", {}, {"classifier.weight": torch.ones(2, 64)}),
+    ("test_vit", "", {}, {"pooler.dense.weight": torch.ones(64, 64)}),
+    ("deit_tiny_distilled_patch16_224", "deit.", {}, {"cls_classifier.bias": torch.ones(2),
+                                                      "distillation_classifier.bias": torch.ones(2)}),
+    ("test_vit", "dinov2.", {"init_values": 0.1}, {"dinov2.embeddings.mask_token": torch.ones(1, 64)})])
+def test_hugging_face_transformers(tmp_path, arch, prefix, options, more, capsys):
+    model = seeded(arch, img_size=32, **options)
+    theirs = as_transformers(model.state_dict(), "init_values" in options)
+    theirs = {f"{prefix}{name}": tensor for name, tensor in theirs.items()}
+    assert_same(built(tmp_path, {**theirs, **more}, arch, 32, **options), model)
+    name, = (name for name in theirs if "layer.0.attention.attention.key.weight" in name)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        built(tmp_path, {k: v for k, v in theirs.items() if k != name}, arch, 32, **options)
+    assert "missing: blocks.0.attn.qkv.weight" in capsys.readouterr().err
+
+
+def test_hugging_face_dinov2_with_registers(tmp_path):
+    registers = {"init_values": 0.1, "reg_tokens": 4, "no_embed_class": True}
+    model = seeded("test_vit", img_size=32, **registers)
+    theirs = as_transformers(model.state_dict(), True)
+    theirs["embeddings.mask_token"] = torch.ones(1, 64)
+    theirs["embeddings.position_embeddings"] = torch.cat([torch.zeros(1, 1, 64), theirs["embeddings.position_embeddings"]], 1)
+    theirs = {f"dinov2_with_registers.{name}": tensor for name, tensor in theirs.items()}
+    assert_same(built(tmp_path, theirs, "test_vit", 32, **registers), model)
+
+
+@pytest.mark.parametrize("arch, options", [("test_vit", {"img_size": 32}), ("resnet18", {}), ("xcit_nano_12_p16_224", {})])
+def test_stems_of_one_channel(tmp_path, arch, options, capsys):
+    """On a grey image, three times the same channel, the model gives what the file's gave on one: weights are a third."""
+    model = seeded(arch, in_chans=1, **options)
+    ours = built(tmp_path, model.state_dict(), arch, 32)
+    assert "stem of one channel is spread over three" in capsys.readouterr().out
+    grey = random_images(32, 1)
+    with torch.no_grad():
+        assert (ours(grey.expand(-1, 3, -1, -1)) - model(grey)).abs().max() < 1e-5
+
+
 # ---------------------------------------------------------------- as commands -------------------------------
+
+def test_files_of_others_by_command(here):
+    """At another size, in others' names, of one channel and in other patches, all at once."""
+    model = seeded("test_vit", img_size=32, patch_size=8, in_chans=1)
+    theirs = {f"vit.{name}": tensor for name, tensor in as_transformers(model.state_dict()).items()}
+    torch.save(theirs, here / "pytorch_model.bin")
+    done = stage("finetune.py", *SMALL, *ONCE, "--batch-size", "4", "--init", "pytorch_model.bin", "--image-size", "48",
+                 "--output", "run", cwd=here)
+    assert "78 of 78 backbone tensors loaded" in done.stdout and "resampled to 16" in done.stdout
+    assert metrics(here / "run")["pretrained_on"] == "pytorch_model"
+    torch.save(seeded("resnet18").state_dict(), here / "other.pth")
+    refused(stage("finetune.py", *SMALL, "--init", "other.pth", "--output", "none", cwd=here, check=False), "0 of 78",
+            "missing: cls_token", "left over: conv1")
+
 
 def test_xcit_in_every_stage(here):
     """Its attention is over channels, so that it gets Grad-CAM; its patches have their places."""
