@@ -125,7 +125,8 @@ def apply_recipe(args, images, run):
     if args.batch_size % args.accumulate:
         fail(f"--accumulate {args.accumulate} does not divide --batch-size {args.batch_size}")
     if args.batch_size == args.accumulate and args.local_crops == 1 and not patch:
-        fail(f"--batch-size {args.batch_size}: the batch norm of {args.arch} needs at least 2 images in a part, or --local-crops 2")
+        fail(f"--batch-size {args.batch_size}: the batch norm of {args.arch} needs at least 2 images in a part, or "
+             "--local-crops 2")
     if images < args.batch_size:
         fail(f"--batch-size {args.batch_size} is more than the {images} training images")
     common.own_share(args.batch_size // args.accumulate, run, "--batch-size / --accumulate")

@@ -25,10 +25,13 @@ TINY = ["--image-size", "32", "--device", "cpu", "--amp", "off"]
 def start_forks():
     """Start the process whose forks the commands are (forks.py), once."""
     if "FORKS_SOCKET" not in os.environ:
-        os.environ["FORKS_SOCKET"] = os.path.join(tempfile.mkdtemp(), "forks")
+        folder = tempfile.mkdtemp()
+        os.environ["FORKS_SOCKET"] = os.path.join(folder, "forks")
         os.environ["FORKS_PYTHON"] = sys.executable
-        server = subprocess.Popen([sys.executable, str(ROOT / "tests" / "forks.py"), "--serve", os.environ["FORKS_SOCKET"]],
-                                  stdout=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        # no network and no weights, whatever this machine has; the hub's client reads that as it is imported
+        offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": folder, "TORCH_HOME": folder, "https_proxy": "http://127.0.0.1:9"}
+        command = [sys.executable, str(ROOT / "tests" / "forks.py"), "--serve", os.environ["FORKS_SOCKET"]]
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **offline})
         atexit.register(server.kill)
         assert server.stdout.readline() == "ready\n"
 
@@ -49,8 +52,7 @@ def forked(command, cwd, processes):
     """Run [script, arguments...] as forks of the process that has the packages imported."""
     start_forks()
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        places = [{**os.environ, "HF_HUB_OFFLINE": "1", **each} for each in environments(processes)]
-        code = forks.ask(command, cwd, places, out.fileno(), err.fileno())
+        code = forks.ask(command, cwd, environments(processes), out.fileno(), err.fileno())
         texts = []
         for file in (out, err):
             file.seek(0)

@@ -16,8 +16,8 @@ import traceback
 
 
 def ask(argv, cwd, environments, out, err):
-    """Run argv as a fork in each of some environments (several: what torchrun would set), with the file descriptors out
-    and err for its output. Returns the largest exit code."""
+    """Run argv as a fork for each of some environments, which are added to that of the server (several: what torchrun would
+    set), with the file descriptors out and err for its output. Returns the largest exit code."""
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(os.environ["FORKS_SOCKET"])
         socket.send_fds(server, [b"!"], [out, err])
@@ -59,7 +59,6 @@ def fork(argv, cwd, environment, out, err):
     child = os.fork()
     if child:
         return child
-    os.environ.clear()
     os.environ.update(environment)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(out, 1)

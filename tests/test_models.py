@@ -136,31 +136,28 @@ def hub_cache(folder, repository, weights):
 
 @pytest.mark.parametrize("init, name", [("imagenet", "deit_tiny_patch16_224"),
                                         ("imagenet-dino", "vit_small_patch16_224.dino")])
-def test_published_weights_load_from_the_hub_cache(tmp_path, init, name):
+def test_published_weights_load_from_the_hub_cache(tmp_path, demo, init, name):
     """The code that loads real weights, on random weights put where a download would have put them."""
     torch.manual_seed(1)
     source = timm.create_model(name)
     repository = source.pretrained_cfg["hf_hub_id"]
     hub_cache(tmp_path / "hub", repository, source.state_dict())
     arch = {"imagenet": "deit_tiny", "imagenet-dino": "deit_small"}[init]
-    done = stage("knn_eval.py", "--arch", arch, "--init", init, "--limit", "16", "--output", "run", *TINY,
-                 cwd=tmp_path, env={"HF_HUB_CACHE": str(tmp_path / "hub")})
+    done = stage("knn_eval.py", "--data", demo, "--arch", arch, "--init", init, "--limit", "16", "--output", "run",
+                 *TINY, cwd=tmp_path, env={"HF_HUB_CACHE": str(tmp_path / "hub")})
     assert f"init {init}: 150 of 150 backbone tensors loaded" in done.stdout
     assert metrics(tmp_path / "run")["pretrained_on"] == "imagenet"
 
 
 @pytest.mark.parametrize("arch, init", [("deit_small", "imagenet"), ("resnet50", "imagenet"),
                                         ("resnet50", "imagenet-dino"), ("deit_base", "imagenet-dino")])
-def test_offline_weights_are_one_clear_error(tmp_path, arch, init):
-    env = {"HF_HUB_CACHE": str(tmp_path / "hub"), "TORCH_HOME": str(tmp_path / "torch"),
-           "https_proxy": "http://127.0.0.1:9"}  # nothing listens there
-    refused(stage("finetune.py", "--arch", arch, "--init", init, "--epochs", "1", "--output", "run", *TINY,
-                  cwd=tmp_path, check=False, env=env),
-            f"--init {init}", "cannot be downloaded", "--init FILE")
+def test_offline_weights_are_one_clear_error(tmp_path, demo, arch, init):
+    refused(stage("finetune.py", "--data", demo, "--arch", arch, "--init", init, "--epochs", "1", "--output", "run", *TINY,
+                  cwd=tmp_path, check=False), f"--init {init}", "cannot be downloaded", "--init FILE")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_model_without_published_dino_weights(tmp_path):
-    refused(stage("finetune.py", "--arch", "resnet18", "--init", "imagenet-dino", *TINY, cwd=tmp_path,
+def test_a_model_without_published_dino_weights(tmp_path, demo):
+    refused(stage("finetune.py", "--data", demo, "--arch", "resnet18", "--init", "imagenet-dino", *TINY, cwd=tmp_path,
                   check=False),
             "deit_small", "resnet50", "not for resnet18")

@@ -191,9 +191,10 @@ def test_dinov3(tmp_path, capsys):
     built(tmp_path, theirs, "vit_small_patch16_dinov3", 32)
 
 
-@pytest.mark.parametrize("text", [["text.transformer.resblocks.0.ln_1.weight", "text.positional_embedding", "text.text_projection"],
-                                  ["transformer.resblocks.0.ln_1.weight", "token_embedding.weight", "positional_embedding",
-                                   "ln_final.weight", "text_projection", "logit_bias"]])
+@pytest.mark.parametrize("text", [
+    ["text.transformer.resblocks.0.ln_1.weight", "text.positional_embedding", "text.text_projection"],
+    ["transformer.resblocks.0.ln_1.weight", "token_embedding.weight", "positional_embedding", "ln_final.weight",
+     "text_projection", "logit_bias"]])
 def test_vision_towers_of_open_clip(tmp_path, capsys, text):
     for arch, options in (("test_vit", {"img_size": 32}), ("resnet18", {})):
         model = seeded(arch, **options)
@@ -310,7 +311,8 @@ def test_models_without_a_map_are_refused(here):
     run = ["--data", "demo", "--arch", "levit_128s", *ONCE, "--batch-size", "4", *TINY]
     refused(stage("segment.py", *run, "--output", "masks", cwd=here, check=False), "no map of its patches")
     stage("finetune.py", *run, "--output", "tuned", cwd=here)
-    done = stage("saliency.py", "--data", "demo", "--runs", "tuned", "--output", "maps", "--device", "cpu", cwd=here, check=False)
+    explain = ["--data", "demo", "--runs", "tuned", "--output", "maps", "--device", "cpu"]
+    done = stage("saliency.py", *explain, cwd=here, check=False)
     refused(done, "no map of its patches")
     assert not (here / "masks").exists() and not (here / "maps").exists()
 
