@@ -634,7 +634,7 @@ ARCHS = {"deit_tiny": "deit_tiny_patch16_224", "deit_small": "deit_small_patch16
 DINO_IMAGENET = {"deit_small": "vit_small_patch16_224.dino", "deit_base": "vit_base_patch16_224.dino",
                  "resnet50": "https://dl.fbaipublicfiles.com/dino/dino_resnet50_pretrain/"
                              "dino_resnet50_pretrain.pth"}
-NAMED_INITS = ("random", "imagenet", "imagenet-dino")  # --init takes these or a file
+NAMED_INITS = ("random", "imagenet", "imagenet-dino", "imagenet-stats")  # --init takes these or a file
 HEADS = ("head.", "head_dist.", "fc.", "classifier.")
 # what a backbone does not need of a checkpoint: heads, the token of masked patches and their decoder, a text tower
 LEFT_OUT = (*HEADS, "cls_classifier.", "distillation_classifier.", "pooler.", "visual.head.", "mask_token", "decoder_",
@@ -722,8 +722,9 @@ def read_checkpoint(path, key=None):
 
 
 def published_weights(arch, init):
-    """The weights of --init imagenet (timm, supervised) or imagenet-dino (the DINO authors'), downloaded once."""
-    name = ARCHS.get(arch, arch) if init == "imagenet" else DINO_IMAGENET.get(arch)
+    """The weights of --init imagenet and imagenet-stats (timm, supervised) or imagenet-dino (the DINO authors'), downloaded
+    once."""
+    name = DINO_IMAGENET.get(arch) if init == "imagenet-dino" else ARCHS.get(arch, arch)
     if name is None:
         fail(f"--init imagenet-dino has weights for {some(DINO_IMAGENET)}, not for {arch}")
     try:
@@ -816,20 +817,39 @@ def load_backbone(model, weights, source):
     say(f"init {source}: {matched} of {len(own)} backbone tensors loaded{aside}")
 
 
-def build_model(arch, init, image_size, num_classes, seed=0, init_key=None, **options):
-    """A timm model of --arch with the weights of --init; num_classes=0 gives one whose output is its features. Returns
-    (model, the dataset that its weights come from or None)."""
+def build_model(arch, init, image_size, num_classes, seed=0, init_key=None, init_stats=False, **options):
+    """A timm model of --arch with the weights of --init, or (init_stats) no more than their statistics; num_classes=0
+    gives one whose output is its features. Returns (model, the dataset that its weights come from or None)."""
     torch.manual_seed(seed)
     model = create(arch, num_classes, image_size, **options)
     if init == "random":
         start_as_torchvision(model)
         return model, None
     if init in NAMED_INITS:
-        load_backbone(model, published_weights(arch, init), init)
-        return model, "imagenet"
-    weights, meta = read_checkpoint(init, init_key)
+        weights, dataset = published_weights(arch, init), "imagenet"
+    else:
+        weights, meta = read_checkpoint(init, init_key)
+        dataset = meta.get("dataset", Path(init).stem)
     load_backbone(model, weights, init)
-    return model, meta.get("dataset", Path(init).stem)
+    if init_stats or init == "imagenet-stats":
+        keep_statistics(model)
+    return model, dataset
+
+
+@torch.no_grad()
+def keep_statistics(model):
+    """Draw each weight matrix anew from a normal distribution of its own mean and standard deviation, set norms to 1 and 0
+    and biases to 0: what remains of pretraining are its statistics (ST of Matsoukas et al. 2022, section 3, after the
+    mean-var init of Raghu et al. 2019)."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.zero_()
+        else:
+            std, mean = torch.std_mean(parameter, correction=0)
+            parameter.normal_(mean.item(), std.item())
+    for module in model.modules():
+        if isinstance(module, (torch.nn.LayerNorm, torch.nn.GroupNorm, torch.nn.modules.batchnorm._BatchNorm)):
+            module.reset_parameters()  # the running statistics of batch norm too
 
 
 def keep_classifier(model, prefixes, init, classes, task):
@@ -1209,7 +1229,9 @@ def make_parser(description):
                        help="pixels of a side of a ViT's patches (default that of --init, or the architecture's own); small "
                        "images want small ones, e.g. 4 for 28 pixels")
     model.add_argument("--arch", help=f"{', '.join(ARCHS)} or any timm name (default that of --init, or deit_small)")
-    model.add_argument("--init", default="random", help="random, imagenet, imagenet-dino, or a checkpoint file")
+    model.add_argument("--init", default="random", help=f"{', '.join(NAMED_INITS)}, or a checkpoint file")
+    model.add_argument("--init-stats", action="store_true", default=None,
+                       help="of --init take only the mean and standard deviation of each weight matrix, and draw it anew")
     model.add_argument("--init-key", help="part of a checkpoint to take, e.g. student (default teacher or model)")
     run.add_argument("--output", help="run folder (default runs/STAGE-DATASET-ARCH-INIT-sSEED)")
     run.add_argument("--seed", type=int, default=0)
@@ -1269,11 +1291,13 @@ def parse(parser, stage):
             fail(f"--{name.replace('_', '-')} {value}: must {'be at least 1' if low else 'not be negative'}")
     if hasattr(args, "scale") and not 0 < args.scale[0] <= args.scale[1] <= 1:
         fail(f"--scale {args.scale[0]} {args.scale[1]}: expected 0 < LOW <= HIGH <= 1")
+    if args.init_stats and args.init in ("random", "imagenet-stats"):
+        fail(f"--init-stats goes with weights, not with --init {args.init}: take imagenet, imagenet-dino or a file")
     meta = {}
     given = [f"--{name}" for name in ("predict", "test") if getattr(args, name, None)]
     if len(given) > 1 or getattr(args, "split", "test") != "test" and "--test" not in given:
         fail("take either --predict or --test; --split is for --test")
-    if given and args.init in NAMED_INITS:
+    if given and (args.init in NAMED_INITS or args.init_stats):
         fail(f"{given[0]} needs --init RUN/model.pt, a model that {stage}.py has trained")
     if args.init not in NAMED_INITS:
         _, meta = read_checkpoint(args.init, args.init_key)
@@ -1282,7 +1306,7 @@ def parse(parser, stage):
     args.arch = args.arch or meta.get("arch") or "deit_small"
     args.image_size = args.image_size or meta.get("image_size") or 224
     args.patch_size = args.patch_size or meta.get("patch_size")
-    args.init_label = init_label(args.init, meta)
+    args.init_label = init_label(args.init, meta) + ("-stats" if args.init_stats else "")
     args.start = {"split": meta.get("split"), "fold": meta.get("fold")}
     return args
 

@@ -399,8 +399,8 @@ def main():
     if len(dataset.rows["train"]) < args.batch_size and not args.freeze:
         fail(f"--batch-size {args.batch_size} is more than the {len(dataset.rows['train'])} training images")
     model, pretrained_on = common.build_model(args.arch, args.init, args.image_size, len(dataset.classes), args.seed,
-                                              args.init_key, patch_size=args.patch_size)
-    if not args.freeze:
+                                              args.init_key, args.init_stats, patch_size=args.patch_size)
+    if not args.freeze and not args.init_stats:
         common.keep_classifier(model, common.classifier_prefixes(model), args.init, dataset.classes, dataset.task)
     normalised = any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules())
     if args.batch_size == 1 and normalised and not args.freeze:

@@ -121,7 +121,7 @@ def main():
         _, meta = common.read_checkpoint(args.init, args.init_key)
         dataset.mean, dataset.std = meta.get("mean", dataset.mean), meta.get("std", dataset.std)
     model, pretrained_on = common.build_model(args.arch, args.init, args.image_size, 0, args.seed, args.init_key,
-                                              patch_size=args.patch_size)
+                                              args.init_stats, patch_size=args.patch_size)
     model = common.to_device(model, run).eval()
     folder = common.open_run(args, run, dataset, ["features.npz"])
     if args.compile:

@@ -300,7 +300,7 @@ def build(args, run):
     drop_path = {"drop_path_rate": args.drop_path} if args.drop_path else {}
     try:
         backbone, pretrained_on = common.build_model(args.arch, args.init, args.image_size, 0, args.seed, args.init_key,
-                                                     **drop_path, **options)
+                                                     args.init_stats, **drop_path, **options)
     except TypeError:
         fail(f"--arch {args.arch} has no drop path; add --drop-path 0")
     student = Model(backbone, Head(backbone.num_features, args.out_dim, args.head_norm))

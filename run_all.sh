@@ -38,6 +38,7 @@ setting() {  # setting NAME DEMO PAPER: the value of NAME, where it is not set
 #       name             on the demo                     on other data: the paper's
 setting ARCHS           "resnet18 deit_tiny"            "resnet50 deit_small"
 setting INITS           "random dino"                   "random imagenet imagenet-dino dino"  # dino: pretrained here
+#                                                       further ones: imagenet-stats, dino-stats (see README.md)
 setting SEEDS           "0"                             "0 1 2 3 4"
 setting FOLDS           ""                              ""          # "0 1 2 3 4": cross-validation, of prepare.py --folds 5
 setting IMAGE_SIZE      64                              224
@@ -138,7 +139,7 @@ for fold in $folds; do
   take_fold "$fold"
   for seed in $SEEDS; do
     for arch in $ARCHS; do
-      has "$INITS" dino || continue
+      has "$INITS" dino || has "$INITS" dino-stats || continue
       name=$(dino_run "$arch" "$seed")
       [ "$seed" != "$first" ] && [ "$DINO_PER_SEED" != 1 ] || step "$name" $launch pretrain_dino.py "${data[@]}" \
         --arch "$arch" --init "$DINO_INIT" --seed "$seed" --epochs "$DINO_EPOCHS" $DINO_FLAGS --output "$RUNS/$name"
@@ -148,14 +149,15 @@ for fold in $folds; do
       ! has "$ARCHS" "$arch" || inits=$INITS main=1
       for init in $inits; do
         weights=$init name=$arch-$init-s$seed$at
-        [ "$init" != dino ] || weights=$RUNS/$(dino_run "$arch" "$seed")/model.pt
+        case $init in dino | dino-stats) weights=$RUNS/$(dino_run "$arch" "$seed")/model.pt ;; esac
         model=("${data[@]}" --arch "$arch" --init "$weights" --seed "$seed")
+        [ "$init" != dino-stats ] || model+=(--init-stats)
         [ "$CLASSIFY" = 0 ] || step "finetune-$name" $launch finetune.py "${model[@]}" --epochs "$EPOCHS" \
           $FINETUNE_FLAGS --output "$RUNS/finetune-$name"
         [ $main = 1 ] || continue
         case $seed:$init:$DINO_PER_SEED in  # k-NN trains nothing: a seed matters where it makes other weights
-          "$first":* | *:random:* | *:dino:1) [ "$CLASSIFY" = 0 ] || step "knn-$name" $launch knn_eval.py "${model[@]}" \
-            $KNN_FLAGS --output "$RUNS/knn-$name" ;;
+          "$first":* | *:random:* | *-stats:* | *:dino:1)
+            [ "$CLASSIFY" = 0 ] || step "knn-$name" $launch knn_eval.py "${model[@]}" $KNN_FLAGS --output "$RUNS/knn-$name" ;;
         esac
         [ "$SEGMENT" = 0 ] || ! has "$SEGMENT_INITS" "$init" || step "segment-$name" $launch segment.py "${model[@]}" \
           --epochs "$SEGMENT_EPOCHS" $SEGMENT_FLAGS --output "$RUNS/segment-$name"

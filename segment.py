@@ -172,9 +172,10 @@ class DeepLab(torch.nn.Module):
         return self.classifier(feature_map(self.backbone, images))
 
 
-def build_segmenter(arch, init, image_size, output_stride, num_classes, seed=0, init_key=None, patch_size=None):
-    """(DeepLab on --arch with the weights of --init, the dataset that they come from or None)."""
-    how = (arch, init, image_size, 0, seed, init_key)
+def build_segmenter(arch, init, image_size, output_stride, num_classes, seed=0, init_key=None, init_stats=False,
+                    patch_size=None):
+    """(DeepLab on --arch with the weights of --init, or their statistics; the dataset that they come from or None)."""
+    how = (arch, init, image_size, 0, seed, init_key, init_stats)
     try:
         backbone, pretrained_on = common.build_model(*how, output_stride=output_stride, patch_size=patch_size)
     except (TypeError, AssertionError, NotImplementedError):  # ViTs and the like cannot be dilated
@@ -881,8 +882,10 @@ def main():
     if len(dataset.rows["train"]) < args.batch_size:
         fail(f"--batch-size {args.batch_size} is more than the {len(dataset.rows['train'])} training images")
     model, pretrained_on = build_segmenter(args.arch, args.init, args.image_size, args.output_stride,
-                                           len(dataset.mask_classes), args.seed, args.init_key, args.patch_size)
-    common.keep_classifier(model, "classifier.", args.init, dataset.mask_classes, "masks")
+                                           len(dataset.mask_classes), args.seed, args.init_key, args.init_stats,
+                                           args.patch_size)
+    if not args.init_stats:
+        common.keep_classifier(model, "classifier.", args.init, dataset.mask_classes, "masks")
     model = common.to_device(model, run)
     folder = common.open_run(args, run, dataset, ["curves.png", "examples.png"])
     log = fit(model, dataset, args, run, folder, pretrained_on)

@@ -150,7 +150,8 @@ def test_published_weights_load_from_the_hub_cache(tmp_path, demo, init, name):
 
 
 @pytest.mark.parametrize("arch, init", [("deit_small", "imagenet"), ("resnet50", "imagenet"),
-                                        ("resnet50", "imagenet-dino"), ("deit_base", "imagenet-dino")])
+                                        ("resnet50", "imagenet-dino"), ("deit_base", "imagenet-dino"),
+                                        ("deit_tiny", "imagenet-stats")])
 def test_offline_weights_are_one_clear_error(tmp_path, demo, arch, init):
     refused(stage("finetune.py", "--data", demo, "--arch", arch, "--init", init, "--epochs", "1", "--output", "run", *TINY,
                   cwd=tmp_path, check=False), f"--init {init}", "cannot be downloaded", "--init FILE")
@@ -161,3 +162,47 @@ def test_a_model_without_published_dino_weights(tmp_path, demo):
     refused(stage("finetune.py", "--data", demo, "--arch", "resnet18", "--init", "imagenet-dino", *TINY, cwd=tmp_path,
                   check=False),
             "deit_small", "resnet50", "not for resnet18")
+
+
+@pytest.mark.parametrize("arch", ["test_vit", "test_resnet"])
+def test_statistics_without_features(tmp_path, arch):
+    """Of each matrix mean and standard deviation stay, to sampling error, and no weight; norms and biases start anew."""
+    model, weights = backbone(arch)
+    generator = torch.Generator().manual_seed(3)
+    for name, value in weights.items():  # as of a trained model: every layer with statistics of its own
+        if value.is_floating_point():
+            value.copy_(torch.rand(2, generator=generator)[0] + torch.rand(value.shape, generator=generator))
+    drawn, again, other = (build(tmp_path, weights, arch, seed=seed, init_stats=True) for seed in (1, 1, 2))
+    matrices = 0
+    for name, parameter in drawn.named_parameters():
+        trained = weights[name] if parameter.shape == weights[name].shape else None  # None: the classifier
+        if name.endswith("bias"):
+            assert not parameter.any(), name
+        elif parameter.ndim == 1:
+            assert (parameter == 1).all(), name
+        elif trained is not None:
+            matrices += 1
+            error = trained.std() / trained.numel() ** 0.5
+            assert (parameter.mean() - trained.mean()).abs() < 5 * error, name
+            assert (parameter.std() - trained.std()).abs() < 5 * error, name
+            assert not (parameter == trained).any(), name
+    assert matrices > 5
+    for name, buffer in drawn.named_buffers():
+        expected = {"running_mean": 0, "running_var": 1, "num_batches_tracked": 0}[name.rpartition(".")[2]]
+        assert (buffer == expected).all(), name
+    same_seed, other_seed = again.state_dict(), other.state_dict()
+    first = next(name for name, value in drawn.named_parameters() if value.ndim > 1)
+    assert all(torch.equal(value, same_seed[name]) for name, value in drawn.state_dict().items())
+    assert not torch.equal(drawn.state_dict()[first], other_seed[first])
+
+
+def test_a_start_from_statistics_says_so(tmp_path):
+    model, weights = backbone()
+    torch.save({"stage": "pretrain_dino", "arch": "test_vit", "init": "random", "image_size": 32, "state_dict": weights},
+               tmp_path / "model.pt")
+    stage("knn_eval.py", "--init", "model.pt", "--init-stats", "--limit", "16", "--output", "run", *TINY, cwd=tmp_path)
+    assert metrics(tmp_path / "run")["init"] == "dino-stats"
+    for args, words in ((["--init", "random"], "--init random"), (["--init", "imagenet-stats"], "--init imagenet-stats"),
+                        (["--init", "model.pt", "--predict", "data"], "--predict needs")):
+        done = stage("finetune.py", "--init-stats", *args, *TINY[2:], cwd=tmp_path, check=False)
+        refused(done, words)
