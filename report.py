@@ -28,14 +28,16 @@ OWN = "DINO on this dataset's training images, from"
 INITS = {"random": "untrained", "imagenet": "ImageNet, supervised", "imagenet-dino": "ImageNet, DINO",
          "dino": f"{OWN} random weights", "imagenet+dino": f"{OWN} imagenet",
          "imagenet-dino+dino": f"{OWN} imagenet-dino"}
+INITS |= {f"{init}-stats": f"weights drawn with the mean and standard deviation of those of {init}, matrix by matrix"
+          for init in INITS if init != "random"}
 BEFORE_DINO = {"dino": "random", "imagenet+dino": "imagenet", "imagenet-dino+dino": "imagenet-dino"}
 STAGES = {"finetune": "fine-tuning", "probe": "linear probe", "knn_eval": "k-NN", "segment": "segmentation"}
 NEEDED = {**dict.fromkeys(("stage", "dataset", "arch", "init", "metric"), str), "seed": int, "val": dict,
           "test": dict}
 VITS = ("vit", "deit", "beit", "eva", "cait", "xcit", "swin")  # all other architectures count as CNNs
 # arguments in which runs of one table may differ
-NO_RECIPE = common.NOT_COMPARED | {"fold", "arch", "init", "init_label", "init_key", "seed"}
-QUESTIONS = [  # the paper's, each with the comparison, the kind of run and the starts that answer it
+NO_RECIPE = common.NOT_COMPARED | {"fold", "arch", "init", "init_label", "init_key", "init_stats", "seed"}
+QUESTIONS = [  # the paper's, each with the comparison, the kind of run and the starts that answer it (None: any)
     ("Does the ViT lose from scratch?", "vit", "finetune", ["random"]),
     ("Is the ViT on par from ImageNet weights, supervised?", "vit", "finetune", ["imagenet"]),
     ("Is the ViT on par from ImageNet weights, self-supervised?", "vit", "finetune", ["imagenet-dino"]),
@@ -45,7 +47,11 @@ QUESTIONS = [  # the paper's, each with the comparison, the kind of run and the 
     ("Does the ViT lose from scratch in segmentation?", "vit", "segment", ["random"]),
     ("Is the ViT on par from ImageNet weights in segmentation?", "vit", "segment", ["imagenet", "imagenet-dino"]),
     ("And after DINO on the dataset's own images in segmentation?", "vit", "segment", BEFORE_DINO),
-    ("Does DINO help segmentation?", "dino", "segment", BEFORE_DINO)]
+    ("Does DINO help segmentation?", "dino", "segment", BEFORE_DINO),
+    # of the follow-up, Matsoukas et al. 2022, section 4.1
+    ("How much of the gain is features, how much statistics?", "statistics", "finetune", None),
+    ("How much of the gain in k-NN is features, how much statistics?", "statistics", "knn_eval", None),
+    ("How much of the gain in segmentation is features, how much statistics?", "statistics", "segment", None)]
 
 
 # ---------------------------------------------------------------- reading -----------------------------------
@@ -315,7 +321,8 @@ def join(parts):
 
 def comparisons(table):
     """[(what, first, second, paired_difference)]: "vit": each ViT less the CNN nearest in size, by kind and init; "dino":
-    each model after DINO less before. first and second are keys of the table."""
+    each model after DINO less before; "statistics": each start from statistics less random weights, and each pretrained
+    one less its statistics. first and second are keys of the table."""
     pairs = []
     for kind, arch, init in table:
         if not is_vit(arch):
@@ -329,6 +336,10 @@ def comparisons(table):
         before = (kind, arch, BEFORE_DINO.get(init))
         if before in table:
             pairs.append(("dino", (kind, arch, init), before))
+    for kind, arch, init in table:
+        pretrained, drawn, random = ((kind, arch, start) for start in (init, f"{init}-stats", "random"))
+        if drawn in table:
+            pairs += [("statistics", *step) for step in ((drawn, random), (pretrained, drawn)) if {*step} <= table.keys()]
     results = [(what, first, second, paired_difference(table[first], table[second])) for what, first, second in pairs]
     return [result for result in results if result[3]]
 
@@ -367,7 +378,7 @@ def answers(table, pairs):
     for question, what, kind, inits in QUESTIONS:
         lines = []
         for compared, a, b, found in pairs:
-            if compared != what or a[0] != kind or a[2] not in inits:
+            if compared != what or a[0] != kind or inits and a[2] not in inits:
                 continue
             subject = f"{a[1]} against {b[1]}, {a[2]}" if what == "vit" else f"{a[1]}, {b[2]} to {a[2]}"
             verdicts = ("the ViT is better", "the ViT is worse") if what == "vit" else ("it helps", "it hurts")
@@ -377,7 +388,7 @@ def answers(table, pairs):
             if weak and not silent:
                 answer += f"; {' and '.join(weak)} did not beat always guessing the most frequent class"
             lines.append(f"{subject}{k_of(table[a])}: {answer}")
-        if lines or kind in kinds and kind != "segment":
+        if lines or kind in kinds and kind != "segment" and inits:
             result[question] = lines or ["no runs to tell"]
     if {"finetune", "knn_eval"} <= kinds:
         result["Do k-NN and fine-tuning agree?"] = [rank_agreement(table)]

@@ -128,6 +128,22 @@ def test_answers_go_as_far_as_the_numbers(tmp_path):
     assert "no runs to tell" in said["And after DINO on the dataset's own images?"]
 
 
+def test_features_and_statistics_are_told_apart(tmp_path):
+    """Of 0.3 gained over random weights, the statistics of the weights give 0.1, the features 0.2."""
+    for seed in range(3):
+        for init, score in (("random", 0.5), ("imagenet-stats", 0.6), ("imagenet", 0.8)):
+            fake_run(tmp_path, "finetune", "resnet50", init, seed, score + 0.02 * seed,
+                     arguments={"init_stats": True} if init == "imagenet-stats" else None)
+    table = tabulated(tmp_path)
+    pairs = [pair for pair in report.comparisons(table) if pair[0] == "statistics"]
+    assert [(first[2], second[2], round(found[0], 6)) for _, first, second, found in pairs] == [
+        ("imagenet-stats", "random", 0.1), ("imagenet", "imagenet-stats", 0.2)]
+    statistics, features = report.answers(table, pairs)["How much of the gain is features, how much statistics?"]
+    assert statistics.startswith("resnet50, random to imagenet-stats: it helps (difference +0.100")
+    assert features.startswith("resnet50, imagenet-stats to imagenet: it helps (difference +0.200")
+    assert "How much of the gain in k-NN is features, how much statistics?" not in report.answers(table, pairs)
+
+
 def test_page_is_whole_and_mistakes_are_named(tmp_path):
     for arch in ("deit_small", "resnet50"):
         for init, score in (("random", 0.5), ("dino", 0.7)):
