@@ -18,7 +18,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import common
-from common import NAMED_INITS, fail, say
+from common import fail, say
 
 
 def arguments():
@@ -95,26 +95,12 @@ def measure(model, read, dataset, rows, image_size, args, run):
 def open_model(name, dataset, args):
     """(model, attention reader, facts, mean and std or {}) of one of --runs, which has an arch and a size of its own
     where it is a checkpoint."""
-    init, label, meta = name, name, {}
-    if name not in NAMED_INITS:
-        path = Path(name) / "model.pt" if Path(name).is_dir() else Path(name)
-        if not path.is_file():
-            fail(f"--runs {name}: no model.pt there; give a run folder, a checkpoint, or {', '.join(NAMED_INITS)}")
-        init = str(path)
-        label = path.resolve().parent.name if path.name == "model.pt" else path.stem
-        meta = common.read_checkpoint(path, args.init_key)[1]
-        common.check_fold(f"--runs {name}", meta, dataset, args.fold)
-    arch = meta.get("arch", args.arch)
-    image_size = meta.get("image_size", args.image_size)
-    patch_size = meta.get("patch_size", args.patch_size)
-    model, pretrained_on = common.build_model(arch, init, image_size, 0, args.seed, args.init_key, patch_size=patch_size)
+    model, facts, seen_as = common.open_backbone(name, dataset, args)
     read = common.attention_reader(model)
     if read is None:
-        fail(f"--runs {name}: {arch} has no attention between patches; give a ViT, such as deit_small")
-    read(torch.zeros(1, 3, image_size, image_size))  # other attention is refused now, not half-way
-    facts = {"run": name, "name": label, "arch": arch, "init": common.init_label(init, meta),
-             "pretrained_on": pretrained_on, "image_size": image_size, "patch_size": common.patch_size(model)}
-    return model, read, facts, {key: meta[key] for key in ("mean", "std") if key in meta}
+        fail(f"--runs {name}: {facts['arch']} has no attention between patches; give a ViT, such as deit_small")
+    read(torch.zeros(1, 3, facts["image_size"], facts["image_size"]))  # other attention is refused now, not half-way
+    return model, read, {**facts, "patch_size": common.patch_size(model)}, seen_as
 
 
 def draw(path, name, results):

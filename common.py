@@ -863,6 +863,30 @@ def keep_classifier(model, prefixes, init, classes, task):
         say(f"init {init}: its classes are others ({some(meta['classes'], 14)}), so the classifier begins anew")
 
 
+def open_backbone(name, dataset, args, like=None):
+    """(model, facts, mean and std or {}) of one of --runs: a run folder, a checkpoint, or a name of NAMED_INITS. What it does
+    not say itself, such as its arch, is as in the facts `like` of another model, else as args say; random weights
+    are then those that the other may have started from."""
+    init, label, meta = name, name, {}
+    if name not in NAMED_INITS:
+        path = Path(name) / "model.pt" if Path(name).is_dir() else Path(name)
+        if not path.is_file():
+            fail(f"--runs {name}: no model.pt there; give a run folder, a checkpoint, or {', '.join(NAMED_INITS)}")
+        init = str(path)
+        label = path.resolve().parent.name if path.name == "model.pt" else path.stem
+        meta = read_checkpoint(path, args.init_key)[1]
+        check_fold(f"--runs {name}", meta, dataset, args.fold)
+    known = {"arch": args.arch, "image_size": args.image_size, "patch_size": args.patch_size, "num_classes": 0, **(like or {}),
+             **meta}
+    model, pretrained_on = build_model(known["arch"], init, known["image_size"], known["num_classes"], args.seed, args.init_key,
+                                       patch_size=known["patch_size"])
+    model.reset_classifier(0)  # built with it, as one of another size would draw other random weights
+    facts = {"run": name, "name": label, "arch": known["arch"], "init": init_label(init, meta),
+             "pretrained_on": pretrained_on, "image_size": known["image_size"], "patch_size": known["patch_size"],
+             "num_classes": known["num_classes"]}
+    return model.eval(), facts, {key: known[key] for key in ("mean", "std") if key in known}
+
+
 def start_as_torchvision(model):
     """Set the last norm of each block of a ResNet to 1. timm's start of 0 hides nearly all convolutions of an untrained
     network from its features."""
@@ -959,6 +983,60 @@ def outputs(function, width, dataset, rows, image_size, run, batch_size=128):
 def extract(model, dataset, rows, image_size, run, pool="auto", batch_size=128):
     """Frozen features (n, D) float32 of rows of a dataset, in their order, on the CPU of every process."""
     return outputs(partial(features, model, pool=pool), model.num_features, dataset, rows, image_size, run, batch_size)
+
+
+def nearest(train, queries, k, tile=2 ** 26):
+    """Yield (products, rows) of the k rows of train (N, D) with the largest products with each query (M, D).
+
+    Both are (m, k), largest first, float32 and int64, block after block of m queries; a block has at most
+    256, and about `tile` products (default 2^26, 0.25 GB). A block meets the training images in slabs, and
+    group g is the g-th image of every slab. The k largest stand in the k groups with the largest maxima, so
+    only these are sorted: about 2 sqrt(N k) numbers a query in place of N."""
+    slabs = math.isqrt(len(train) // k)
+    groups = math.ceil(len(train) / slabs)
+    block = max(1, min(256, tile // len(train), len(queries)))
+    memory = queries.new_empty(slabs * groups * block)  # one for all blocks: fresh memory costs page faults
+    for query in queries.split(block):
+        products = memory[:slabs * groups * len(query)].view(slabs, groups, len(query))
+        products[-1] = -math.inf  # the last slab may be short
+        maxima = products[-1].clone()
+        for slab, part in zip(products, train.split(groups)):
+            torch.mm(part, query.T, out=slab[:len(part)])
+            torch.maximum(maxima, slab, out=maxima)  # while it is in the CPU's cache
+        chosen = maxima.T.topk(k, sorted=False).indices
+        candidates = products.gather(1, chosen.T.expand(slabs, -1, -1)).permute(2, 0, 1).flatten(1)
+        values, place = candidates.topk(k)
+        yield values, chosen.gather(1, place % k) + place.div(k, rounding_mode="floor") * groups
+
+
+@torch.inference_mode()
+def vote(train, labels, queries, ks, temperature, tile=2 ** 26):
+    """Class shares of the k nearest training images for every k.
+
+    train (N, D) and queries (M, D) float32, L2-normalised; labels (N, C) float32, one-hot or multilabel.
+    For each query the k largest cosines s vote for their labels with weight exp(s / temperature); the shares
+    are divided by the weights' sum. Returns {k: (M, C) float32 on the CPU}. `tile` as in nearest()."""
+    shares = {k: [] for k in ks}
+    for best, where in nearest(train, queries, max(ks), tile):
+        weights = ((best - best[:, :1]) / temperature).exp()  # the largest is 1, whatever the temperature
+        for k in ks:
+            weight = weights[:, None, :k]
+            shares[k].append((weight @ labels[where[:, :k]])[:, 0] / weight.sum(2))
+    return {k: torch.cat(parts).cpu() for k, parts in shares.items()}
+
+
+def vote_on(features, dataset, ks, temperature, device):
+    """{"val" and "test": {k: class shares (n, C) float64}} of the features {split: (n, D)} by votes of train."""
+    unit = {name: torch.nn.functional.normalize(values, dim=1).to(device) for name, values in features.items()}
+    labels = torch.from_numpy(dataset.labels[dataset.rows["train"]])
+    if dataset.task == "classes":
+        labels = torch.nn.functional.one_hot(labels, len(dataset.classes))
+    labels = labels.float().to(device)
+    scores = {}
+    for name in ("val", "test"):
+        shares = vote(unit["train"], labels, unit[name], ks, temperature)
+        scores[name] = {k: values.double().numpy() for k, values in shares.items()}
+    return scores
 
 
 class SyncBatchNorm(torch.nn.modules.batchnorm._BatchNorm):

@@ -7,12 +7,10 @@ Matsoukas et al. 2023, section 3, after Caron et al. 2021, section 4.1: the k = 
 similarity vote with the weight exp(similarity / T), T = 0.1 in the authors' code, 0.07 in Caron et al. The largest k of
 --k gives the headline; the others are in metrics.json, under by_k. features.npz keeps the features of all splits.
 """
-import math
 import time
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import common
 from common import fail, say
@@ -37,46 +35,6 @@ def arguments():
     return args
 
 
-def nearest(train, queries, k, tile=2 ** 26):
-    """Yield (products, rows) of the k rows of train (N, D) with the largest products with each query (M, D).
-
-    Both are (m, k), largest first, float32 and int64, block after block of m queries; a block has at most
-    256, and about `tile` products (default 2^26, 0.25 GB). A block meets the training images in slabs, and
-    group g is the g-th image of every slab. The k largest stand in the k groups with the largest maxima, so
-    only these are sorted: about 2 sqrt(N k) numbers a query in place of N."""
-    slabs = math.isqrt(len(train) // k)
-    groups = math.ceil(len(train) / slabs)
-    block = max(1, min(256, tile // len(train), len(queries)))
-    memory = queries.new_empty(slabs * groups * block)  # one for all blocks: fresh memory costs page faults
-    for query in queries.split(block):
-        products = memory[:slabs * groups * len(query)].view(slabs, groups, len(query))
-        products[-1] = -math.inf  # the last slab may be short
-        maxima = products[-1].clone()
-        for slab, part in zip(products, train.split(groups)):
-            torch.mm(part, query.T, out=slab[:len(part)])
-            torch.maximum(maxima, slab, out=maxima)  # while it is in the CPU's cache
-        chosen = maxima.T.topk(k, sorted=False).indices
-        candidates = products.gather(1, chosen.T.expand(slabs, -1, -1)).permute(2, 0, 1).flatten(1)
-        values, place = candidates.topk(k)
-        yield values, chosen.gather(1, place % k) + place.div(k, rounding_mode="floor") * groups
-
-
-@torch.inference_mode()
-def vote(train, labels, queries, ks, temperature, tile=2 ** 26):
-    """Class shares of the k nearest training images for every k.
-
-    train (N, D) and queries (M, D) float32, L2-normalised; labels (N, C) float32, one-hot or multilabel.
-    For each query the k largest cosines s vote for their labels with weight exp(s / temperature); the shares
-    are divided by the weights' sum. Returns {k: (M, C) float32 on the CPU}. `tile` as in nearest()."""
-    shares = {k: [] for k in ks}
-    for best, where in nearest(train, queries, max(ks), tile):
-        weights = ((best - best[:, :1]) / temperature).exp()  # the largest is 1, whatever the temperature
-        for k in ks:
-            weight = weights[:, None, :k]
-            shares[k].append((weight @ labels[where[:, :k]])[:, 0] / weight.sum(2))
-    return {k: torch.cat(parts).cpu() for k, parts in shares.items()}
-
-
 def save_features(path, features, dataset):
     """features.npz: {split}_features (n, D) float32, {split}_labels and {split}_images of each split, and classes."""
     arrays = {"classes": np.array(dataset.classes)}
@@ -85,20 +43,6 @@ def save_features(path, features, dataset):
         arrays[f"{name}_labels"] = dataset.labels[rows]
         arrays[f"{name}_images"] = np.array([dataset.paths[row] for row in rows])
     common.write_npz(path, arrays)
-
-
-def vote_on(features, dataset, ks, temperature, device):
-    """{"val" and "test": {k: class shares (n, C) float64}} of the features {split: (n, D)} by votes of train."""
-    unit = {name: F.normalize(values, dim=1).to(device) for name, values in features.items()}
-    labels = torch.from_numpy(dataset.labels[dataset.rows["train"]])
-    if dataset.task == "classes":
-        labels = F.one_hot(labels, len(dataset.classes))
-    labels = labels.float().to(device)
-    scores = {}
-    for name in ("val", "test"):
-        shares = vote(unit["train"], labels, unit[name], ks, temperature)
-        scores[name] = {k: values.double().numpy() for k, values in shares.items()}
-    return scores
 
 
 def neighbours(text, most):
@@ -135,7 +79,7 @@ def main():
         return
     save_features(folder / "features.npz", features, dataset)
     ks = neighbours(args.k, dataset.counts["train"])
-    scores = vote_on(features, dataset, ks, args.temperature, run.device)
+    scores = common.vote_on(features, dataset, ks, args.temperature, run.device)
 
     by_k = {}
     for k in ks:

@@ -136,7 +136,7 @@ def knn_ours(folder, device, train, count):
     torch.backends.cuda.matmul.allow_tf32 = False  # as knn_eval.py has it
     features = F.normalize(torch.randn(train + count, 384), dim=1).to(device)
     labels = torch.eye(2, device=device)[torch.arange(train) % 2]
-    return partial(knn_eval.vote, features[:train], labels, features[train:], [200], 0.07)
+    return partial(common.vote, features[:train], labels, features[train:], [200], 0.07)
 
 
 def knn_plain(folder, device, train, count):  # scikit-learn has it on the CPU alone

@@ -9,7 +9,6 @@ from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
 import common
-import knn_eval
 from conftest import ROOT, TINY, killed, metrics, picture, refused, stage, table, write_prepared
 
 DATA = ["--data", "data"]
@@ -215,7 +214,7 @@ def test_nearest_equals_topk(count, k):
     train, queries = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (count, 33))
 
     def both(train, queries):
-        blocks = [torch.cat(parts) for parts in zip(*knn_eval.nearest(train, queries, k, tile=10 * count))]
+        blocks = [torch.cat(parts) for parts in zip(*common.nearest(train, queries, k, tile=10 * count))]
         return blocks, queries @ train.T
     (values, rows), products = both(train, queries)
     assert torch.allclose(values, products.topk(k).values, atol=1e-12)
@@ -233,7 +232,7 @@ def test_vote_equals_the_slow_version_and_scikit_learn():
     labels = torch.nn.functional.one_hot(classes, 3).float()
     unit = torch.nn.functional.normalize
     for tile in (16, 100, 4096):  # the tiles must not show
-        shares = knn_eval.vote(unit(train, dim=1), labels, unit(queries, dim=1), [1, 5, 300], 0.07, tile)
+        shares = common.vote(unit(train, dim=1), labels, unit(queries, dim=1), [1, 5, 300], 0.07, tile)
         for k in (1, 5, 300):
             slow = torch.stack([slow_vote(train, labels, query, k, 0.07) for query in queries])
             assert (shares[k] - slow).abs().max() < 1e-4, (tile, k)
