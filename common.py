@@ -874,7 +874,7 @@ def open_backbone(name, dataset, args, like=None):
             fail(f"--runs {name}: no model.pt there; give a run folder, a checkpoint, or {', '.join(NAMED_INITS)}")
         init = str(path)
         label = path.resolve().parent.name if path.name == "model.pt" else path.stem
-        meta = read_checkpoint(path, args.init_key)[1]
+        meta = {"num_classes": 0, **read_checkpoint(path, args.init_key)[1]}
         check_fold(f"--runs {name}", meta, dataset, args.fold)
     known = {"arch": args.arch, "image_size": args.image_size, "patch_size": args.patch_size, "num_classes": 0, **(like or {}),
              **meta}
