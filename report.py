@@ -4,8 +4,8 @@
     python report.py runs/a runs/b --output report --format pdf
 
 Reads the metrics.json of any run folder, whoever wrote it; writes report.html, one page that needs no server, results.csv
-and figure1 to figure5 (those of Matsoukas et al. 2023). Runs on another dataset, split or image size are kept apart; a
-missing cell is shown as missing; damaged runs are listed.
+and figure1 to figure6 (the first five are those of Matsoukas et al. 2023). Runs on another dataset, split or image size are
+kept apart; a missing cell is shown as missing; damaged runs are listed.
 """
 import argparse
 import base64
@@ -599,8 +599,30 @@ def attention_table(run):
     return ["", *columns.values()], [[one["name"], *(number(one[name], 1) for name in columns)] for one in run["runs"]]
 
 
+def layer_table(run):
+    """(head, rows) of the k-NN scores of a run of layers.py."""
+    rows = []
+    for one in run["runs"]:
+        interval = " [{:+.3f}, {:+.3f}]".format(*one["interval"]) if one["interval"] else ""
+        gain = f"{one['gain']:+.3f}{interval}" if one["gain"] is not None else "undefined"
+        rows.append([one["name"], "{layer}, {feature}".format(**one["best"]), number(one["best"]["test"]),
+                     number(one["last"]["test"]), gain])
+    return ["", "best layer, by validation", "its test score", "that of the last layer", "best - last [95 % interval]"], rows
+
+
+def reuse_table(run):
+    """(head, rows) of the pairs of one architecture of a run of layers.py."""
+    thirds = ("first third", "middle", "last third")
+    rows = []
+    for pair in run["pairs"]:
+        if pair["moved"]:
+            means = [np.mean(part) for key in ("same_layer", "moved") for part in np.array_split(np.array(pair[key], float), 3)]
+            rows.append([pair["name"], *(number(mean, 2) for mean in means)])
+    return ["", *(f"CKA, {name}" for name in thirds), *(f"weights, {name}" for name in thirds)], rows
+
+
 def other_tables(runs):
-    """Parts of the page for the stages that are not scored by cell: pretraining, saliency, attention distance."""
+    """Parts of the page for the stages that are not scored by cell: pretraining, saliency, attention distance, layers."""
     parts = []
     head, rows = pretraining_table(runs)
     if rows:
@@ -616,6 +638,11 @@ def other_tables(runs):
             elif run["kind"] == "attn_distance":
                 caption = f"Mean attention distance in pixels over {run['runs'][0]['images']} test images"
                 parts.append(table_of(*attention_table(run), caption))
+            elif run["kind"] == "layers":
+                parts.append(table_of(*layer_table(run), f"What each layer holds: k-NN (k = {run['k']}), test {run['metric']}"))
+                caption = ("How much of a layer is kept from start to end: CKA of its outputs on test images (1: the same but "
+                           "for rotation and scale) and the distance that its weights moved, over their norm; means of layers")
+                parts += [table_of(*reuse_table(run), caption)] if run["pairs"] else []
         except (KeyError, TypeError, IndexError) as error:
             parts.append(paragraph(f"{run['folder'].name}: its metrics.json lacks what a table needs ({error!r})."))
     return parts
@@ -635,7 +662,9 @@ CAPTIONS = [
     "Where the models look, on the same test images: Grad-CAM of a CNN, attention of a ViT's class token, each with the "
     "class that the model predicts and its probability.",
     "How far attention reaches in each block, in pixels of the image: a point per head; the dashed line is what uniform "
-    "attention would have."]
+    "attention would have.",
+    "What each layer holds: the k-NN score of its features over relative depth; and of each model and its start, CKA of each "
+    "layer with itself, how far its weights moved, and CKA of all layers of the one with all of the other."]
 
 
 def error_bars(found):
@@ -726,8 +755,8 @@ def join_pictures(files, path, side_by_side):
 
 def figures(runs, groups, output, kind):
     """Draw figures 1 and 3 as PNG and as `kind`, copy the others from their stages: parts of the page, figures drawn."""
-    notes = [""] * 5
-    for file in output.glob("figure[1-5].*"):
+    notes = [""] * len(CAPTIONS)
+    for file in output.glob("figure[1-6].*"):
         file.unlink()  # an earlier report may have had it
     for suffix in {"png", kind}:
         draw_bars(output / f"figure1.{suffix}", groups)
@@ -736,7 +765,8 @@ def figures(runs, groups, output, kind):
                                  for record in run["folder"].parent.glob("comparison*.json")])
     looked, notes[3] = newest([(run["dataset"], run["folder"] / "saliency.png") for run in runs])
     reached, notes[4] = newest([(run["dataset"], run["folder"] / "attn_distance.png") for run in runs])
-    for number_of, files in ((2, compared), (4, looked), (5, reached)):
+    layered, notes[5] = newest([(run["dataset"], run["folder"] / "layers.png") for run in runs])
+    for number_of, files in ((2, compared), (4, looked), (5, reached), (6, layered)):
         if files:
             join_pictures(files, output / f"figure{number_of}.png", side_by_side=number_of == 4)
     for file in compared:
@@ -746,7 +776,7 @@ def figures(runs, groups, output, kind):
             notes[1] += f" {', '.join(scores)}."
         except (OSError, ValueError, KeyError, TypeError) as error:
             notes[1] += f" {file.with_suffix('.json')} cannot be read ({error!r})."
-    files = [output / f"figure{k + 1}.png" for k in range(5)]
+    files = [output / f"figure{k + 1}.png" for k in range(len(CAPTIONS))]
     files = [file if file.exists() else None for file in files]
     parts = [figure_of(file, f"Figure {k + 1}. {CAPTIONS[k]}{notes[k]}") for k, file in enumerate(files)]
     return parts, sum(file is not None for file in files)
@@ -895,7 +925,7 @@ def main():
     made, drawn = figures(runs, classified, output, args.format)
     others = other_tables(runs)
     if others:
-        parts += [heading("Pretraining, saliency, attention"), *others]
+        parts += [heading("Pretraining, saliency, attention, layers"), *others]
     parts += [heading("Figures"), *made, *closing_parts(runs, troubles)]
     title = f"{', '.join(datasets) or 'Runs'}: a pretrained ViT, or a CNN?"
     write_page(output / "report.html", title, parts)
@@ -907,7 +937,7 @@ def main():
             say("")
     for folder, trouble in troubles:
         print(f"note: {folder}: {trouble}", file=sys.stderr)
-    say(f"written: {output}/report.html, results.csv and {drawn} of 5 figures")
+    say(f"written: {output}/report.html, results.csv and {drawn} of {len(CAPTIONS)} figures")
 
 
 if __name__ == "__main__":

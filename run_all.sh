@@ -56,6 +56,7 @@ setting KNN_FLAGS       ""                              ""
 setting SEGMENT_FLAGS   "--lr 5e-4 --output-stride 16 --limit 200"  ""
 setting SALIENCY_FLAGS  "--images 4"                    "--images 4"
 setting ATTENTION_FLAGS ""                              ""
+setting LAYERS_FLAGS    ""                              ""
 setting DATA_FLAGS      ""                              ""          # of all stages: "--limit 1000"
 setting PREPARE_FLAGS   ""                              ""          # "--label-column diagnosis --group-column patient"
 setting RUNS            "runs/demo"                     "runs/$(basename "$DATA")"
@@ -168,21 +169,32 @@ done
 
 # ---- what looks at several runs: those of the first seed, and fold, that are there
 take_fold "${folds%% *}"
-collect() {  # collect STAGE: inputs becomes the fine-tuned runs that the stage looks at
-  inputs=()
+collect() {  # collect STAGE: inputs becomes the fine-tuned runs that the stage looks at, pairs those with their starts
+  inputs=() pairs=()
   for arch in $ARCHS; do
     for init in $INITS; do
       folder=$RUNS/finetune-$arch-$init-s$first$at
-      case $1:$arch in saliency:* | *:*vit* | *:*deit*) [ "$DRY_RUN" != 1 ] && [ ! -f "$folder/metrics.json" ] || inputs+=("$folder") ;; esac
+      case $1:$arch in saliency:* | layers:* | *:*vit* | *:*deit*) ;; *) continue ;; esac
+      [ "$DRY_RUN" = 1 ] || [ -f "$folder/metrics.json" ] || continue
+      inputs+=("$folder")
+      case $1:$init in
+        layers:dino-stats) ;;
+        layers:dino) pairs+=(--pair "$RUNS/$(dino_run "$arch" "$first")/model.pt" "$folder") ;;
+        layers:*) pairs+=(--pair "$init" "$folder") ;;
+      esac
     done
   done
 }
 if [ "$NODE" = 0 ]; then
-  for stage in saliency attn_distance; do
-    [ $stage = saliency ] && flags=$SALIENCY_FLAGS || flags=$ATTENTION_FLAGS
+  for stage in saliency attn_distance layers; do
+    case $stage in
+      saliency) flags=$SALIENCY_FLAGS ;;
+      attn_distance) flags=$ATTENTION_FLAGS ;;
+      layers) flags="--seed $first $LAYERS_FLAGS" ;;
+    esac
     collect $stage
-    [ "$CLASSIFY" = 0 ] || [ ${#inputs[@]} = 0 ] || step $stage "$PYTHON" $stage.py --runs "${inputs[@]}" "${data[@]}" \
-      $flags --overwrite --output "$RUNS/$stage"
+    [ "$CLASSIFY" = 0 ] || [ ${#inputs[@]} = 0 ] || step $stage "$PYTHON" $stage.py --runs "${inputs[@]}" \
+      ${pairs[@]+"${pairs[@]}"} "${data[@]}" $flags --overwrite --output "$RUNS/$stage"
   done
   set -- $ARCHS
   inputs=("$RUNS/segment-$1-${SEGMENT_INITS##* }-s$first$at" "$RUNS/segment-${2:-}-${SEGMENT_INITS##* }-s$first$at")

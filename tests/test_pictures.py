@@ -175,7 +175,7 @@ def test_training_without_matplotlib(no_matplotlib, tmp_path):
     assert (tmp_path / "runs" / "a" / "predictions.csv").exists() and not list(tmp_path.rglob("*.png"))
 
     done = stage("report.py", "runs", cwd=tmp_path, env=no_matplotlib)
-    assert "figure1.png is left out" in done.stdout and "0 of 5 figures" in done.stdout
+    assert "figure1.png is left out" in done.stdout and "0 of 6 figures" in done.stdout
     assert "test_vit" in (tmp_path / "runs" / "report" / "report.html").read_text()
 
 

@@ -153,7 +153,7 @@ def test_page_is_whole_and_mistakes_are_named(tmp_path):
     stage("report.py", "runs", cwd=tmp_path)
     page = (tmp_path / "runs" / "report" / "report.html").read_text()
     # figures 1 and 3
-    assert page.count("data:image/png;base64,") == 2 and page.count("Missing: no run has it.") == 3
+    assert page.count("data:image/png;base64,") == 2 and page.count("Missing: no run has it.") == 4
     assert "leaking: 3 images test in train" in page and "http" not in page.replace("https://arxiv.org", "")
     assert len(table(tmp_path / "runs" / "report" / "results.csv")) == 8
     for name in ("figure1.png", "figure3.png"):
@@ -186,12 +186,12 @@ def test_a_model_that_says_one_thing_is_not_compared(tmp_path):
 
 
 def test_two_datasets_in_one_report(tmp_path):
-    """Table 1 has a column a dataset, figure 1 a panel pair, figures 4 and 5 the pictures of both."""
+    """Table 1 has a column a dataset, figure 1 a panel pair, figures 4 to 6 the pictures of both."""
     for dataset in ("skin", "eyes"):
         for arch in ("deit_small", "resnet50"):
             fake_run(tmp_path / dataset, "finetune", arch, "random", 0, 0.5, dataset=dataset, split=dataset)
             fake_run(tmp_path / dataset, "knn_eval", arch, "random", 0, 0.7, dataset=dataset, split=dataset)
-        for name in ("saliency", "attn_distance"):
+        for name in ("saliency", "attn_distance", "layers"):
             folder = fake_run(tmp_path / dataset, name, "deit_small", "random", 0, 0.5, dataset=dataset, runs=[])
             Image.new("RGB", (80, 40), "red").save(folder / f"{name}.png")
     stage("report.py", "skin", "eyes", "--output", "both", cwd=tmp_path)
@@ -202,10 +202,11 @@ def test_two_datasets_in_one_report(tmp_path):
     assert re.search(r"\| (skin|eyes) \(accuracy\) \| (skin|eyes) \(accuracy\) \| random \| resnet50 \| 0.700", text)
     sizes = {}
     for folder in ("both", "one"):
-        for k in (1, 4, 5):
+        for k in (1, 4, 5, 6):
             with Image.open(tmp_path / folder / f"figure{k}.png") as image:
                 sizes[folder, k] = np.array(image.size)
     assert (sizes["both", 4] == sizes["one", 4] * [2, 1]).all() and (sizes["both", 5] == sizes["one", 5] * [1, 2]).all()
+    assert (sizes["both", 6] == sizes["one", 6] * [1, 2]).all()
     assert sizes["both", 1][1] > 1.8 * sizes["one", 1][1]  # four panels, two rows
 
 
@@ -318,15 +319,18 @@ def run_all(place, **changes):
 def test_run_all_goes_on_where_it_stopped(tmp_path, demo):
     (tmp_path / "demo").symlink_to(demo)
     plan = run_all(tmp_path, DRY_RUN="1")
-    assert plan.returncode == 0 and plan.stdout.count("to do   ") == 6 and "done" not in plan.stdout
+    assert plan.returncode == 0 and plan.stdout.count("to do   ") == 7 and "done" not in plan.stdout
     assert not (tmp_path / "runs").exists()
     first = run_all(tmp_path)
     assert first.returncode == 0, first.stdout + first.stderr
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/metrics.json")}
-    assert len(before) == 6 and (tmp_path / "runs" / "report" / "report.html").exists()
+    assert len(before) == 7 and (tmp_path / "runs" / "report" / "report.html").exists()
     assert metrics(tmp_path / "runs" / "finetune-test_vit-random-s0")["counts"]["train"] == 64
+    pairs = metrics(tmp_path / "runs" / "layers")["pairs"]
+    assert [pair["start"] for pair in pairs] == ["random test_resnet", "random test_vit"] and all(pair["moved"] for pair in pairs)
+    assert "How much of a layer is kept from start to end" in page(tmp_path / "runs" / "report")
     second = run_all(tmp_path)
-    assert second.returncode == 0 and second.stdout.count("done    ") == 6 and "starts" not in second.stdout
+    assert second.returncode == 0 and second.stdout.count("done    ") == 7 and "starts" not in second.stdout
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/metrics.json")} == before
 
     (tmp_path / "runs" / "finetune-test_vit-random-s0" / "metrics.json").unlink()
@@ -335,6 +339,7 @@ def test_run_all_goes_on_where_it_stopped(tmp_path, demo):
     assert third.returncode == 1 and "FAILED  finetune-test_vit-random-s0: error:" in third.stdout
     assert "checkpoint.pt cannot be read" in third.stdout and "1 steps failed: finetune-test_vit-random-s0" in third.stdout
     assert len(metrics(tmp_path / "runs" / "saliency")["runs"]) == 1  # it does without the failed run
+    assert len(metrics(tmp_path / "runs" / "layers")["pairs"]) == 1
     assert "| finetune-test_vit-random-s0 | failed: error:" in page(tmp_path / "runs" / "report")
     plan = run_all(tmp_path, DRY_RUN="1", EPOCHS="2")
     assert plan.stdout.count("to do   finetune") == 2 and plan.stdout.count("done    knn") == 2
@@ -406,9 +411,9 @@ def test_killed_studies_end_with_the_same_results(folder_data, tmp_path):
                 lambda p: os.killpg(p.pid, signal.SIGKILL), **changes)
     made = (tuned / "metrics.json").stat().st_mtime_ns
     last = run_all(place, **changes)
-    assert last.returncode == 0 and last.stdout.count("starts") == 1, last.stdout + last.stderr
+    assert last.returncode == 0 and last.stdout.count("starts") == 2, last.stdout + last.stderr  # saliency, layers
     assert (tuned / "metrics.json").stat().st_mtime_ns == made
-    assert results(place) == results(tmp_path / "whole") and len(results(place)) == 3
+    assert results(place) == results(tmp_path / "whole") and len(results(place)) == 4
 
 
 @pytest.mark.parametrize("changes, words", [
