@@ -538,7 +538,7 @@ def test(model, dataset, args, run, folder, columns=slice(None)):
     if run.rank > 0:
         return None
     predicted = read_masks(folder / "test_masks", rows, len(dataset.mask_classes))
-    annotators = score_annotators(dataset, predicted)
+    annotators = score_annotators(dataset, predicted) if columns == slice(None) else {}  # whose classes have other numbers
     table = table[:, columns]
     dataset.mask_classes = np.array(dataset.mask_classes)[columns].tolist()
     write_predictions(folder / "predictions.csv", dataset, table)
@@ -587,6 +587,8 @@ def match_masks(dataset, meta):
     """Give a dataset, in place, the mask classes of a trained model, by name. Pixels of a class that the model does not
     know count nowhere. Returns the columns of the model's classes that the dataset has, which are scored."""
     names = meta["classes"]
+    if dataset.mask_classes == names:
+        return slice(None)
     shared = [name for name in names[1:] if name in dataset.mask_classes[1:]]
     absent = [name for name in names[1:] if name not in shared]
     unknown = [name for name in dataset.mask_classes[1:] if name not in shared]
@@ -597,15 +599,14 @@ def match_masks(dataset, meta):
         say(f"note: {dataset.name} has no masks of the model's {common.some(absent, 14)}: not scored")
     if unknown:
         say(f"WARNING: the model does not know {common.some(unknown, 14)} of {dataset.name}: its pixels count nowhere")
-    if dataset.mask_classes != names:
-        number = np.full(256, 255, np.uint8)
-        number[0] = 0
-        for value, name in enumerate(dataset.mask_classes[1:], 1):
-            number[value] = names.index(name) if name in shared else 255
-        if dataset.ignore is not None:
-            number[dataset.ignore] = 255
-        dataset.masks = number[dataset.masks]
-        dataset.mask_classes, dataset.ignore = names, 255
+    number = np.full(256, 255, np.uint8)
+    number[0] = 0
+    for value, name in enumerate(dataset.mask_classes[1:], 1):
+        number[value] = names.index(name) if name in shared else 255
+    if dataset.ignore is not None:
+        number[dataset.ignore] = 255
+    dataset.masks = number[dataset.masks]
+    dataset.mask_classes, dataset.ignore = names, 255
     return [0, *(names.index(name) for name in shared)]
 
 
