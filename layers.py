@@ -290,8 +290,8 @@ def main():
     for start, end in pairs:
         cka = cka_map(start, end, dataset, args, run)
         names = {"start": start[2]["name"], "end": end[2]["name"], "name": f"{start[2]['name']} to {end[2]['name']}"}
-        compared.append({**names, "cka": cka.tolist(), "same_layer": cka.diagonal().tolist(),
-                         "moved": distances(start[1], end[1])})
+        moved = distances(start[1], end[1])
+        compared.append({**names, "cka": cka.tolist(), "same_layer": moved and cka.diagonal().tolist(), "moved": moved})
     if run.rank == 0:
         finish(folder, dataset, runs, compared, args, run, time.time() - begin)
 

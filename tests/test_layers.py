@@ -171,7 +171,7 @@ def test_the_stage_writes_what_it_says(trained):
     assert vit["same_layer"] == pytest.approx(np.ones(len(vit["cka"])), abs=1e-6)
     assert len(cnn["moved"]) == 8 and min(cnn["moved"]) > 0
     assert cnn["same_layer"] == [row[i] for i, row in enumerate(cnn["cka"])] and max(cnn["same_layer"]) < 1
-    assert both["moved"] is None and np.shape(both["cka"]) == (len(vit["cka"]), 8)
+    assert both["moved"] is both["same_layer"] is None and np.shape(both["cka"]) == (len(vit["cka"]), 8)
     with Image.open(trained / "one" / "layers.png") as image:
         assert min(image.size) > 600 and len(image.convert("RGB").getcolors(10 ** 6)) > 50
     again = metrics(trained / "two")
