@@ -181,7 +181,7 @@ def test_training_without_matplotlib(no_matplotlib, tmp_path):
 
 def test_nothing_imports_matplotlib_before_it_draws(no_matplotlib):
     names = sorted(file.stem for file in ROOT.glob("*.py"))
-    assert len(names) == 9
+    assert len(names) == 10
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {', '.join(names)}"
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **no_matplotlib}, text=True,
                           capture_output=True)

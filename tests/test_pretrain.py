@@ -109,7 +109,7 @@ def test_colours_equal_torchvision():
 def tiny_state(out_dim=16, **changes):
     """A student, a teacher and settings for train_epoch on eight demo images."""
     args = SimpleNamespace(**{
-        "arch": "test_vit", "init": "random", "init_key": None, "seed": 0, "image_size": 32, "patch_size": None,
+        "arch": "test_vit", "init": "random", "init_key": None, "init_stats": None, "seed": 0, "image_size": 32, "patch_size": None,
         "local_size": 16,
         "local_crops": 2, "out_dim": out_dim, "head_norm": "none", "drop_path": 0.0, "batch_size": 8,
         "accumulate": 1, "epochs": 1, "student_temp": 0.1, "global_scale": [0.4, 1], "centering": "mean",
@@ -338,14 +338,15 @@ def test_collapse_is_named_and_a_healthy_run_is_not_accused(tmp_path):
 
 @pytest.mark.parametrize("arch,accumulate", [("test_vit", 1), ("test_vit", 2), ("test_resnet", 1)])
 def test_two_processes_equal_one(folder_data, tmp_path, arch, accumulate):
-    args = [*DATA, *FAST, "--arch", arch, "--drop-path", "0", "--accumulate", str(accumulate), *TINY]
+    """At a low rate: a CNN's own, 4e-3, makes large what differs in the last digit, on some machines 0.2 % of the gradients."""
+    args = [*DATA, *FAST, "--arch", arch, "--drop-path", "0", "--accumulate", str(accumulate), "--lr", "1e-3", *TINY]
     stage("pretrain_dino.py", *args, "--output", "one", cwd=tmp_path)
     stage("pretrain_dino.py", *args, "--output", "two", cwd=tmp_path, processes=2)
     logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
             for name in ("one", "two")]
     for one, two in zip(*(log[1:] for log in logs)):
-        assert one["loss"] == pytest.approx(two["loss"], rel=2e-3)
-        assert one["entropy"] == pytest.approx(two["entropy"], rel=5e-3)
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
+        assert one["entropy"] == pytest.approx(two["entropy"], rel=1e-3)
     one, two = (torch.cat([entry["exp_avg"].flatten() for entry in torch.load(
         tmp_path / name / "checkpoint.pt", weights_only=True)["optimizer"]["state"].values()])
         for name in ("one", "two"))  # the mean of the gradients
