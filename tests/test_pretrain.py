@@ -109,8 +109,8 @@ def test_colours_equal_torchvision():
 def tiny_state(out_dim=16, **changes):
     """A student, a teacher and settings for train_epoch on eight demo images."""
     args = SimpleNamespace(**{
-        "arch": "test_vit", "init": "random", "init_key": None, "init_stats": None, "seed": 0, "image_size": 32, "patch_size": None,
-        "local_size": 16,
+        "arch": "test_vit", "init": "random", "init_key": None, "init_stats": None, "seed": 0, "image_size": 32,
+        "patch_size": None, "local_size": 16, "flips": "horizontal", "rotate": 0,
         "local_crops": 2, "out_dim": out_dim, "head_norm": "none", "drop_path": 0.0, "batch_size": 8,
         "accumulate": 1, "epochs": 1, "student_temp": 0.1, "global_scale": [0.4, 1], "centering": "mean",
         "local_scale": [0.1, 0.4], "jitter": [0.4, 0.4, 0.2, 0.1], "center_momentum": 0.9,
