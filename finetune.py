@@ -100,7 +100,7 @@ def probabilities(logits, task):
 
 # ---------------------------------------------------------------- training ----------------------------------
 
-def train_epoch(model, optimizer, scaler, dataset, args, run, epoch, rates, weights):
+def train_epoch(model, optimizer, scaler, dataset, args, run, epoch, rates, weights=None):
     """One pass over train, at the rates (steps,) of its steps. Returns the mean loss and the images a second."""
     rows = dataset.rows["train"]
     mine = common.own_share(args.batch_size, run)
