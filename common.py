@@ -97,6 +97,7 @@ class Dataset:
     ignore: int
     leakage: dict
     fingerprint: str  # of images, labels, splits, classes and geometry: runs on other data are other runs
+    drawn: bool = False  # the built-in demo, whose scores say nothing about medical images
 
     @property
     def side(self):
@@ -250,7 +251,8 @@ def open_dataset(folder):
         paths=list(columns["image"]), sizes=sizes, rows=rows, task=task, classes=classes, labels=labels,
         groups=groups, folds=folds, mask_classes=mask_classes,
         metric=metric, metric_reason=reason, ordinal=ordinal, mean=mean, std=std, fit=meta.get("fit", "squash"),
-        ignore=meta.get("ignore"), leakage=meta.get("leakage", {}), fingerprint=digest.hexdigest())
+        ignore=meta.get("ignore"), leakage=meta.get("leakage", {}), fingerprint=digest.hexdigest(),
+        drawn=meta.get("layout") == "demo")
 
 
 def fitting_metric(task, classes, labels, ordinal):
@@ -1560,8 +1562,8 @@ def write_metrics(folder, dataset, run, args, **own):
     write_json(folder / "metrics.json", {
         "stage": args.stage, "dataset": dataset.name, "arch": args.arch, "init": args.init_label, "seed": args.seed,
         "image_size": args.image_size, "metric": dataset.metric, "counts": dataset.counts, "split": dataset.fingerprint,
-        "fold": args.fold, "folds": folds,
-        "leakage": dataset.leakage, "device": device_name(run.device), "amp": run.amp, "world_size": run.world, **own})
+        "fold": args.fold, "folds": folds, "leakage": dataset.leakage, "drawn": dataset.drawn,
+        "device": device_name(run.device), "amp": run.amp, "world_size": run.world, **own})
     say(f"written: {folder}")
 
 

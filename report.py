@@ -24,6 +24,8 @@ from PIL import Image
 import common
 from common import fail, say
 
+DRAWN = ("These images are drawn by prepare.py: the scores show that every stage works and what its tables and figures look "
+         "like. They say nothing about medical images, nor about ViTs and CNNs in general.")
 OWN = "DINO on this dataset's training images, from"
 INITS = {"random": "untrained", "imagenet": "ImageNet, supervised", "imagenet-dino": "ImageNet, DINO",
          "dino": f"{OWN} random weights", "imagenet+dino": f"{OWN} imagenet",
@@ -791,7 +793,8 @@ def introduction(key, members, table):
     images = ", ".join(f"{count} {name}" for name, count in (members[0].get("counts") or {}).items())
     seeds = ", ".join(map(str, sorted({seed for by_seed in table.values() for seed in by_seed})))
     starts = "; ".join(f"{init}: {words}" for init, words in INITS.items() if init in inits)
-    parts = [f"CNN: {cnns}; ViT: {vits}; on {key[0]}: {images} images, at {key[2]} pixels; split {key[1]}; "
+    parts = [DRAWN] if members[0].get("drawn") else []
+    parts += [f"CNN: {cnns}; ViT: {vits}; on {key[0]}: {images} images, at {key[2]} pixels; split {key[1]}; "
              f"seeds {seeds}. The score is {key[3]} on the test images. Starting weights: {starts}."]
     shared = sorted({f"{arch} from {init}" for (_, arch, init), by_seed in table.items()
                      if len(by_seed) > 1 and init in BEFORE_DINO
@@ -800,8 +803,11 @@ def introduction(key, members, table):
         parts.append(f"Note: all seeds of {', '.join(shared)} share one pretraining; their spread is that of "
                      "what followed. (DINO_PER_SEED=1 bash run_all.sh gives each its own.)")
     for kind in STAGES:
-        recipes = [recipe(next(iter(by_seed.values()))) for cell, by_seed in table.items() if cell[0] == kind]
-        values = {name: {str(one.get(name)) for one in recipes} for one in recipes for name in one}
+        values = defaultdict(set)
+        for (of_kind, arch, _), by_seed in table.items():
+            for name, value in recipe(next(iter(by_seed.values()))).items():
+                if of_kind == kind and (name != "patch_size" or is_vit(arch)):  # a CNN has no patches
+                    values[name].add(str(value))
         unlike = [f"{name} ({', '.join(sorted(found))})" for name, found in values.items() if len(found) > 1]
         parts += [f"Note: not all models had the same {STAGES[kind]}: {', '.join(unlike)}."] if unlike else []
     return parts

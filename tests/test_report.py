@@ -210,6 +210,18 @@ def test_two_datasets_in_one_report(tmp_path):
     assert sizes["both", 1][1] > 1.8 * sizes["one", 1][1]  # four panels, two rows
 
 
+def test_drawn_images_are_named_at_the_top_of_their_section(tmp_path):
+    """Of the demo, before any number; not of other data. Patches are no other recipe of a CNN, which has none."""
+    for dataset, drawn in (("demo", True), ("eyes", False)):
+        for arch, patch_size in (("resnet18", None), ("deit_tiny", 8)):
+            fake_run(tmp_path, "finetune", arch, "random", 0, 0.8, split=dataset, dataset=dataset, drawn=drawn,
+                     arguments={"patch_size": patch_size})
+    stage("report.py", ".", cwd=tmp_path)
+    text = page(tmp_path / "report")
+    assert text.count("These images are drawn") == 1 and "patch_size" not in text
+    assert text.index("| demo: classification") < text.index("These images are drawn") < text.index("on demo:")
+
+
 def test_one_seed_without_predictions_tells_nothing(tmp_path):
     for arch, score in (("deit_small", 0.8), ("resnet50", 0.6)):
         (fake_run(tmp_path, "finetune", arch, "random", 0, score) / "predictions.csv").unlink()
