@@ -407,7 +407,7 @@ def flags_of(file, table, columns, names, known):
 # ---------------------------------------------------------------- layouts: one's own ------------------------
 
 def index_demo(root, args):
-    """900 drawn lesions (see draw_lesion) in four classes of texture, 600 / 100 / 200, with their outlines as masks."""
+    """900 drawn lesions (see draw_lesion) in four classes, 600 / 100 / 200, with their outlines as masks."""
     splits = ["train"] * 600 + ["val"] * 100 + ["test"] * 200
     return Source([Row(i, f"{i:04d}", DEMO_CLASSES[i % 4], split, masks=[(1, i)]) for i, split in enumerate(splits)])
 
@@ -1762,61 +1762,134 @@ def new_images(source, output, meta, skip_broken=False):
 # ---------------------------------------------------------------- the demo ----------------------------------
 
 DEMO_CLASSES = ("globular", "homogeneous", "reticular", "streaked")
+COARSE_CUES = {  # of each class, in this order, and the standard deviation within a class
+    "radius": ((0.25, 0.23, 0.29, 0.27), 0.03),  # share of the image's side
+    "dark": ((0.30, 0.28, 0.17, 0.45), 0.08),  # how much darker than the skin
+    "blue": ((-0.06, 0.07, 0.00, 0.00), 0.05),  # its tint, against red
+    "core": ((0.00, 0.03, -0.10, 0.13), 0.06),  # how much darker the middle is than the rim
+    "ragged": ((0.12, 0.06, 0.14, 0.25), 0.06),  # depth of the bays of its border
+    "long": ((1.15, 1.05, 1.40, 1.20), 0.12),  # length over width
+    "motley": ((0.05, 0.02, 0.06, 0.12), 0.03),  # contrast between its areas of colour
+    "clods": ((7.0, 0.5, 1.0, 2.0), 1.5)}  # number of dark clods
+OWN_TEXTURE = 0.85  # share of the lesions with the texture, the fine cue, of their class; the others have any
 
 
-def draw_lesion(index, size=128):
-    """Drawn lesion `index` of class index % 4: image (size, size, 3) uint8 and mask (size, size) bool. The
-    class is in the texture and the border; colour, light, place, size and hairs are drawn regardless of
-    it."""
-    rng = np.random.default_rng([2303, 7034, index])
-    y, x = np.mgrid[:size, :size] / size
+def smooth_noise(rng, size, cells):
+    """(size, size) float of zero mean and unit deviation that changes over size / cells pixels."""
+    grid = Image.fromarray(rng.normal(size=(cells, cells)).astype(np.float32))
+    field = np.asarray(grid.resize((size, size), Image.Resampling.BICUBIC))
+    return (field - field.mean()) / field.std()
 
-    def noise(cells):  # smooth, zero mean, unit deviation
-        grid = Image.fromarray(rng.normal(size=(cells, cells)).astype(np.float32))
-        field = np.asarray(grid.resize((size, size), Image.Resampling.BICUBIC))
-        return (field - field.mean()) / field.std()
 
-    kind = DEMO_CLASSES[index % 4]
-    cx, cy, radius = rng.uniform(0.36, 0.64), rng.uniform(0.36, 0.64), rng.uniform(0.2, 0.33)
-    angle = np.arctan2(y - cy, x - cx)
-    distance = np.hypot((x - cx) * rng.uniform(0.8, 1.25), y - cy) / radius
-    outline = 1 + sum(rng.normal(0, 0.25 / k) * np.cos(k * angle + rng.uniform(0, 7)) for k in (2, 3, 4))
-    spokes = np.cos(rng.integers(16, 26) * angle + 1.2 * noise(6))
-    if kind == "streaked":  # a border of fine rays, as in a spreading naevus
-        outline = outline + 0.14 * np.clip(spokes, 0, 1) * rng.uniform(0.6, 1)
-    inside = distance / outline
-    turn, pitch = rng.uniform(0, np.pi), rng.uniform(0.055, 0.08)
-    u = (x * np.cos(turn) + y * np.sin(turn) + 0.012 * noise(7)) / pitch
-    v = (y * np.cos(turn) - x * np.sin(turn) + 0.012 * noise(7)) / pitch
-    if kind == "globular":  # round spots on a jittered grid
+def lesion_places(rng, radius):
+    """[(x, y, radius)], shares of the side, of a lesion and, in a fifth of the images, of a small one beside it."""
+    if rng.uniform() < 0.8:
+        return [(*rng.uniform(0.38, 0.62, 2), radius)]
+    radius = 0.75 * radius
+    small = 0.45 * radius
+    turn = rng.uniform(0, 2 * np.pi)
+    step = np.array([np.cos(turn), np.sin(turn)])
+    first = 0.5 - 0.15 * step + rng.normal(0, 0.02, 2)
+    second = first + (1.3 * radius + small + rng.uniform(0.02, 0.1)) * step
+    return [(*first, radius), (*second, small)]
+
+
+def lesion_shape(rng, x, y, cues, rayed):
+    """How far each place is from the middle of a lesion, as a share of the way to its border, and its rays; both as x, y
+    (size, size), which are in units of its radius. A rayed border is frayed."""
+    turn = rng.uniform(0, np.pi)
+    across = x * np.cos(turn) + y * np.sin(turn)
+    along = y * np.cos(turn) - x * np.sin(turn)
+    angle = np.arctan2(along, across)
+    border = 1.0
+    for k in (2, 3, 4, 5):
+        border = border + rng.normal(0, 1.4 / k) * cues["ragged"] * np.cos(k * angle + rng.uniform(0, 7))
+    border = np.clip(border, 0.5, 1.5)
+    rays = np.cos(rng.integers(16, 26) * angle + 1.2 * smooth_noise(rng, len(x), 6))
+    if rayed:
+        border = border + rng.uniform(0.08, 0.14) * np.clip(rays, 0, 1)
+    stretch = np.sqrt(cues["long"])
+    return np.hypot(across * stretch, along / stretch) / border, rays
+
+
+def lesion_texture(rng, kind, x, y, inside, rays):
+    """(size, size) float: the fine pattern of a class, in light or dark; x, y (size, size) are shares of the side."""
+    size = len(x)
+    turn = rng.uniform(0, np.pi)
+    pitch = rng.uniform(0.055, 0.08)
+    u = (x * np.cos(turn) + y * np.sin(turn) + 0.012 * smooth_noise(rng, size, 7)) / pitch
+    v = (y * np.cos(turn) - x * np.sin(turn) + 0.012 * smooth_noise(rng, size, 7)) / pitch
+    if kind == "globular":  # round spots on a bent grid
         grain = np.exp(-((u % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2) / 0.06)
     elif kind == "reticular":  # a net of thin lines
         grain = np.exp(-np.minimum(np.abs(u % 1 - 0.5), np.abs(v % 1 - 0.5)) ** 2 / 0.02)
     elif kind == "streaked":  # rays that fade towards the middle
-        grain = spokes * np.clip(inside - 0.25, 0, 1)
+        grain = rays * np.clip(inside - 0.25, 0, 1)
     else:
-        grain = noise(5)
-    soft = 1 / (1 + np.exp((inside - 1) / rng.uniform(0.02, 0.07)))
-    grain = (grain - np.average(grain, weights=soft)) * rng.choice([-1, 1])
-    grain = grain / np.sqrt(np.average(grain ** 2, weights=soft)) + 0.7 * noise(20)
+        grain = smooth_noise(rng, size, 5)
+    covered = inside < 1
+    grain = (grain - grain[covered].mean()) / grain[covered].std()
+    return rng.choice([-1, 1]) * grain
 
-    skin = np.array([0.80, 0.62, 0.52]) * rng.uniform(0.75, 1.1) + rng.normal(0, 0.03, 3)
-    lesion = skin * rng.uniform(0.45, 0.8) + rng.normal(0, 0.03, 3)
-    image = skin + 0.03 * noise(8)[..., None] + 0.015 * rng.normal(size=(size, size, 3))
-    body = lesion + (rng.uniform(0.07, 0.12) * grain + 0.05 * noise(4))[..., None] * rng.uniform(0.7, 1.2, 3)
-    image = image * (1 - soft[..., None]) + body * soft[..., None]
-    tilt = rng.uniform(0, 2 * np.pi)
-    image = image * (1 + rng.uniform(0, 0.35) * ((x - 0.5) * np.cos(tilt)
-                                                 + (y - 0.5) * np.sin(tilt)))[..., None]
-    picture = Image.fromarray((255 * np.clip(image, 0, 1)).astype(np.uint8))
+
+def paint_lesion(rng, image, skin, place, cues, texture):
+    """(the image (size, size, 3) float with a lesion painted over it, where that is (size, size) bool)."""
+    size = len(image)
+    y, x = np.mgrid[:size, :size] / size
+    center_x, center_y, radius = place
+    across = (x - center_x) / radius
+    down = (y - center_y) / radius
+    inside, rays = lesion_shape(rng, across, down, cues, texture == "streaked")
+
+    tone = rng.uniform(0.06, 0.11) * (lesion_texture(rng, texture, x, y, inside, rays) + 0.7 * smooth_noise(rng, size, 20))
+    tone = tone + cues["core"] * (2 * np.clip(inside, 0, 1) - 1)
+    for _ in range(rng.poisson(max(cues["clods"], 0))):
+        clod_x, clod_y = rng.uniform(-0.7, 0.7, 2)
+        distance = np.hypot(across - clod_x, down - clod_y) / rng.uniform(0.14, 0.24)
+        tone = tone - 0.18 * np.exp(-distance ** 4)
+    motley = cues["motley"] * smooth_noise(rng, size, 4)
+
+    colour = skin * (1 - cues["dark"]) + cues["blue"] * np.array([-1, 0, 1]) + rng.normal(0, 0.015, 3)
+    body = colour + tone[..., None] * rng.uniform(0.85, 1.1, 3) + motley[..., None] * np.array([1.1, 0.5, 0.1])
+    opaque = 1 / (1 + np.exp((inside - 1) / rng.uniform(0.02, 0.07)))[..., None]
+    return image * (1 - opaque) + body * opaque, inside < 1
+
+
+def draw_hairs(rng, picture):
+    """Some dark hairs across a picture, in place."""
+    size = picture.width
     pen = ImageDraw.Draw(picture)
     for _ in range(rng.poisson(3)):
         ends = rng.uniform(-0.1, 1.1, (2, 2)) * size
         bend = ends.mean(0) + rng.normal(0, 0.12, 2) * size
-        curve = [tuple((1 - t) ** 2 * ends[0] + 2 * t * (1 - t) * bend + t ** 2 * ends[1])
-                 for t in np.linspace(0, 1, 20)]
+        curve = [tuple((1 - t) ** 2 * ends[0] + 2 * t * (1 - t) * bend + t ** 2 * ends[1]) for t in np.linspace(0, 1, 20)]
         pen.line(curve, fill=tuple(int(c) for c in rng.uniform(20, 90, 3)), width=int(rng.integers(1, 3)))
-    return np.asarray(picture), inside < 1
+
+
+def draw_lesion(index, size=128):
+    """Drawn lesion `index` of class index % 4: image (size, size, 3) uint8 and mask (size, size) bool. As in dermoscopy the
+    class is in several cues at once, coarse ones and the texture, and none is sure: the classes overlap in each. Skin,
+    light, camera, place and hairs are drawn regardless of it."""
+    rng = np.random.default_rng([2303, 7034, index])
+    kind = index % len(DEMO_CLASSES)
+    cues = {name: rng.normal(of_class[kind], spread) for name, (of_class, spread) in COARSE_CUES.items()}
+    texture = DEMO_CLASSES[kind] if rng.uniform() < OWN_TEXTURE else rng.choice(DEMO_CLASSES)
+
+    skin = np.array([0.80, 0.62, 0.52]) * rng.uniform(0.65, 1.15) + rng.normal(0, 0.03, 3)
+    image = skin + 0.03 * smooth_noise(rng, size, 8)[..., None] + 0.015 * rng.normal(size=(size, size, 3))
+    mask = np.zeros((size, size), bool)
+    for place in lesion_places(rng, cues["radius"]):
+        image, covered = paint_lesion(rng, image, skin, place, cues, texture)
+        mask |= covered
+
+    y, x = np.mgrid[:size, :size] / size
+    tilt = rng.uniform(0, 2 * np.pi)
+    slope = (x - 0.5) * np.cos(tilt) + (y - 0.5) * np.sin(tilt)
+    white_balance = rng.normal(1, 0.10, 3)
+    image = image * (1 + rng.uniform(0, 0.35) * slope)[..., None] * white_balance
+    picture = Image.fromarray((255 * np.clip(image, 0, 1)).astype(np.uint8))
+    draw_hairs(rng, picture)
+    return np.asarray(picture), mask
 
 
 if __name__ == "__main__":

@@ -15,10 +15,12 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
+import torch
 from PIL import Image
 
 import common
 import prepare as script
+import segment
 from conftest import ROOT, TINY, metrics, prepare, refused, stage, table
 from test_metrics import all_metrics
 from test_prepare_files import write_dicom
@@ -707,7 +709,8 @@ def test_a_large_table_opens(tmp_path):
     assert dataset.counts == {"train": 179454, "val": 22431, "test": 22431} and dataset.groups[-1] == "p74771"
 
 
-def test_demo_has_masks_and_does_not_give_its_class_away_by_colour(demo):
+def test_demo_has_masks_and_no_cue_of_it_is_sure(demo):
+    """Neither the mean colour nor the size of its lesions gives a class away; a fifth of the images has two lesions."""
     images, masks = np.load(demo / "images.npy"), np.load(demo / "masks.npy")
     assert images.shape == (900, 128, 128, 3) and masks.shape == (900, 128, 128)
     drawn, outline = script.draw_lesion(5)
@@ -715,13 +718,17 @@ def test_demo_has_masks_and_does_not_give_its_class_away_by_colour(demo):
     shares = masks.mean((1, 2))
     assert shares.min() > 0.02 and shares.max() < 0.6
     assert splits_of(demo) == {"train": 600, "val": 100, "test": 200}
-    colour = images[:400].reshape(400, -1, 3).mean(1) / 255
-    labels = np.arange(400) % 4
-    distance = np.linalg.norm(colour[:, None] - colour[None], axis=2)
-    np.fill_diagonal(distance, np.inf)
-    nearest = labels[np.argsort(distance, axis=1)[:, :20]]
-    votes = np.array([np.bincount(row, minlength=4).argmax() for row in nearest])
-    assert (votes == labels).mean() < 0.40, "20 nearest by mean colour; chance is 0.25"
+    labels = np.arange(900) % 4
+    colour = images.reshape(900, -1, 3).mean(1) / 255
+    inside = (images * masks[..., None]).sum((1, 2)) / masks.sum((1, 2))[:, None] / 255
+    for cue in (colour, inside, shares[:, None]):
+        distance = np.linalg.norm(cue[:, None] - cue[None], axis=2)
+        np.fill_diagonal(distance, np.inf)
+        nearest = labels[np.argsort(distance, axis=1)[:, :20]]
+        votes = np.array([np.bincount(row, minlength=4).argmax() for row in nearest])
+        assert (votes == labels).mean() < 0.55, "20 nearest by one cue; chance is 0.25"
+    regions = [int(segment.components(torch.from_numpy(mask > 0)).max()) for mask in masks[:200]]
+    assert set(regions) == {1, 2} and 0.15 < regions.count(2) / 200 < 0.25
 
 
 def test_the_example_of_the_readme(tmp_path):
