@@ -41,23 +41,27 @@ setting INITS           "random dino"                   "random imagenet imagene
 #                                                       further ones: imagenet-stats, dino-stats (see README.md)
 setting SEEDS           "0"                             "0 1 2 3 4"
 setting FOLDS           ""                              ""          # "0 1 2 3 4": cross-validation, of prepare.py --folds 5
-setting IMAGE_SIZE      64                              224
-setting EPOCHS          5                               50          # of fine-tuning
-setting CAPACITY        "resnet50 deit_small"           "resnet18 resnet152 deit_tiny deit_base"  # figure 3, with ARCHS
+setting IMAGE_SIZE      48                              224
+setting EPOCHS          8                               50          # of fine-tuning
+setting CAPACITY        "resnet10t test_vit"            "resnet18 resnet152 deit_tiny deit_base"  # figure 3, with ARCHS
 setting CAPACITY_INITS  "random"                        "random imagenet"
-setting DINO_EPOCHS     2                               100
+setting DINO_EPOCHS     4                               100
 setting DINO_INIT       random                          imagenet
 setting DINO_PER_SEED   0                               0           # 1: each seed has a pretraining of its own
 setting SEGMENT_INITS   "random"                        "$INITS"
 setting SEGMENT_EPOCHS  4                               50
-setting FINETUNE_FLAGS  "--lr 1e-3"                     ""          # random weights, few images; the paper's is 1e-4
-setting DINO_FLAGS      ""                              ""
+setting VIT_FLAGS       "--patch-size 8"                ""          # of every stage, where the architecture is a ViT
+setting FINETUNE_FLAGS  "--lr 5e-4 --batch-size 16"     ""          # random weights, few images; the paper's is 1e-4
+# DINO of the demo: a teacher that follows within its few steps; colours that stay what they are, as they tell the classes;
+# no small crops, in which 48 pixels leave nothing of a texture
+demo_dino="--batch-size 16 --lr 4e-3 --momentum-teacher 0.9 --local-crops 0 --jitter 0.2 0.2 0.1 0.02 --grey 0"
+setting DINO_FLAGS      "$demo_dino"                    ""
 setting KNN_FLAGS       ""                              ""
-setting SEGMENT_FLAGS   "--lr 5e-4 --output-stride 16 --limit 200"  ""
+setting SEGMENT_FLAGS   "--lr 5e-4 --output-stride 8 --limit 400"  ""
 setting SALIENCY_FLAGS  "--images 4"                    "--images 4"
 setting ATTENTION_FLAGS ""                              ""
 setting LAYERS_FLAGS    ""                              ""
-setting DATA_FLAGS      ""                              ""          # of all stages: "--limit 1000"
+setting DATA_FLAGS      "--amp off"                     ""          # of all stages: "--limit 1000"
 setting PREPARE_FLAGS   ""                              ""          # "--label-column diagnosis --group-column patient"
 setting RUNS            "runs/demo"                     "runs/$(basename "$DATA")"
 setting SOURCE          ""                              ""
@@ -133,6 +137,7 @@ take_fold() {  # take_fold FOLD: what is done from here on is on it; none: on th
   [ "$1" = none ] || { data+=(--fold "$1") && at=-f$1; }
 }
 has() { case " $1 " in *" $2 "*) true ;; *) false ;; esac; }  # has LIST WORD
+vit_flags() { case $1 in *vit* | *deit*) echo "$VIT_FLAGS" ;; esac; }  # vit_flags ARCH
 dino_run() { [ "$DINO_PER_SEED" = 1 ] && echo "dino-$1-s$2$at" || echo "dino-$1$at"; }  # dino_run ARCH SEED
 first=${SEEDS%% *}
 folds=${FOLDS:-none}
@@ -143,7 +148,8 @@ for fold in $folds; do
       has "$INITS" dino || has "$INITS" dino-stats || continue
       name=$(dino_run "$arch" "$seed")
       [ "$seed" != "$first" ] && [ "$DINO_PER_SEED" != 1 ] || step "$name" $launch pretrain_dino.py "${data[@]}" \
-        --arch "$arch" --init "$DINO_INIT" --seed "$seed" --epochs "$DINO_EPOCHS" $DINO_FLAGS --output "$RUNS/$name"
+        --arch "$arch" $(vit_flags "$arch") --init "$DINO_INIT" --seed "$seed" --epochs "$DINO_EPOCHS" $DINO_FLAGS \
+        --output "$RUNS/$name"
     done
     for arch in $ARCHS $CAPACITY; do
       inits=$CAPACITY_INITS main=0
@@ -151,7 +157,7 @@ for fold in $folds; do
       for init in $inits; do
         weights=$init name=$arch-$init-s$seed$at
         case $init in dino | dino-stats) weights=$RUNS/$(dino_run "$arch" "$seed")/model.pt ;; esac
-        model=("${data[@]}" --arch "$arch" --init "$weights" --seed "$seed")
+        model=("${data[@]}" --arch "$arch" $(vit_flags "$arch") --init "$weights" --seed "$seed")
         [ "$init" != dino-stats ] || model+=(--init-stats)
         [ "$CLASSIFY" = 0 ] || step "finetune-$name" $launch finetune.py "${model[@]}" --epochs "$EPOCHS" \
           $FINETUNE_FLAGS --output "$RUNS/finetune-$name"

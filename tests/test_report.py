@@ -357,6 +357,12 @@ def test_run_all_goes_on_where_it_stopped(tmp_path, demo):
     assert plan.stdout.count("to do   finetune") == 2 and plan.stdout.count("done    knn") == 2
 
 
+def test_flags_of_vits_reach_vits_alone(tmp_path):
+    plan = run_all(tmp_path, DRY_RUN="1", INITS="random dino", SEGMENT="1", SEGMENT_INITS="random", VIT_FLAGS="--patch-size 8")
+    lines = [line for line in plan.stdout.splitlines() if " --arch " in line]
+    assert len(lines) == 12 and all(("--patch-size 8" in line) == ("--arch test_vit" in line) for line in lines)
+
+
 def test_run_all_takes_several_datasets(tmp_path):
     plan = run_all(tmp_path, DATA="data/skin data/eyes", DRY_RUN="1")
     assert plan.returncode == 0
