@@ -14,7 +14,7 @@ fi
 
 # everything: two halves side by side, a thread each, as these tiny models gain nothing from a second
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-half="tests/test_report.py tests/test_pretrain.py tests/test_models.py tests/test_attn_distance.py"
+half=$(printf "tests/test_%s.py " report pretrain models weights layers training folds attn_distance)
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 "$PYTHON" -m pytest -q -p no:cacheprovider $half > "$log" 2>&1 &
