@@ -15,6 +15,7 @@ import pickle
 import platform
 import re
 import shlex
+import shutil
 import sys
 import time
 import warnings
@@ -87,6 +88,7 @@ class Dataset:
     labels: np.ndarray
     groups: list
     folds: np.ndarray
+    folding: str  # fingerprint of images, splits and folds, whatever the labels; None without folds
     mask_classes: list
     metric: str
     metric_reason: str
@@ -229,8 +231,10 @@ def open_dataset(folder):
     groups = None
     if "group" in columns:  # a blank one is a group of its own
         groups = [group or path for group, path in zip(columns["group"], columns["image"])]
-    folds = None
+    folds, folding = None, None
     if "fold" in columns:
+        assigned = repr([columns[name] for name in ("image", "split", "fold")])
+        folding = hashlib.blake2b(assigned.encode(), digest_size=8).hexdigest()
         try:
             folds = np.array([int(cell or -1) for cell in columns["fold"]])
         except ValueError as error:
@@ -249,7 +253,7 @@ def open_dataset(folder):
     return Dataset(
         folder=folder, name=meta.get("name") or folder.resolve().name, images=images, masks=masks,
         paths=list(columns["image"]), sizes=sizes, rows=rows, task=task, classes=classes, labels=labels,
-        groups=groups, folds=folds, mask_classes=mask_classes,
+        groups=groups, folds=folds, folding=folding, mask_classes=mask_classes,
         metric=metric, metric_reason=reason, ordinal=ordinal, mean=mean, std=std, fit=meta.get("fit", "squash"),
         ignore=meta.get("ignore"), leakage=meta.get("leakage", {}), fingerprint=digest.hexdigest(),
         drawn=meta.get("layout") == "demo")
@@ -272,24 +276,28 @@ def fitting_metric(task, classes, labels, ordinal):
 
 
 def choose_fold(dataset, fold):
-    """Test on a fold, in place: validate on what the split has for val in the others, train on all else in them."""
+    """Test on a fold, in place: validate on what the split has for val in the others, train on all else in them. An image
+    whose split is blank stays unseen."""
     there = [] if dataset.folds is None else np.unique(dataset.folds[dataset.folds >= 0]).tolist()
     if fold not in there:
         fail(f"--fold {fold}: {dataset.folder} has {f'the folds {some(there, 30)}' if there else 'no folds'}; prepare.py "
              "--folds 5 makes them")
-    test = dataset.folds == fold
-    val = np.zeros(len(test), bool)
+    seen, val = np.zeros((2, len(dataset.paths)), bool)
+    seen[np.concatenate(list(dataset.rows.values()))] = True
+    seen &= dataset.folds >= 0
     val[dataset.rows["val"]] = True
-    known = dataset.folds >= 0
-    dataset.rows = {"train": np.flatnonzero(known & ~test & ~val), "val": np.flatnonzero(known & ~test & val),
-                    "test": np.flatnonzero(test)}
+    test = dataset.folds == fold
+    dataset.rows = {"train": np.flatnonzero(seen & ~test & ~val), "val": np.flatnonzero(seen & ~test & val),
+                    "test": np.flatnonzero(seen & test)}
 
 
-def check_fold(path, meta, dataset, fold):
-    """Refuse a model that has been trained on another fold of the same data: it has seen what is to be tested."""
-    if meta.get("split") == dataset.fingerprint and meta.get("fold") != fold:
-        seen = "without --fold" if meta["fold"] is None else f"with --fold {meta['fold']}"
-        fail(f"{path} was trained on this data {seen}, so that it has seen images of this test; train one for each fold")
+def check_fold(path, seen, dataset, fold):
+    """Refuse a model that, or whose start, was trained on another fold of the same data: it has seen what is to be tested.
+    seen: [[folding, fold], ...] as its model.pt says."""
+    for folding, trained in seen:
+        if folding == dataset.folding and folding and trained != fold:
+            how = "without --fold" if trained is None else f"with --fold {trained}"
+            fail(f"{path} was trained on this data {how}, so that it has seen images of this test; train one for each fold")
 
 
 def load_dataset(args, splits=SPLITS, labels=False, masks=False):
@@ -297,25 +305,25 @@ def load_dataset(args, splits=SPLITS, labels=False, masks=False):
     in `splits`, labels, masks."""
     if Path(args.data) == Path(DEMO) and Path(__file__).with_name("prepare.py").exists():
         run_prepare(args.data, "demo", "--layout", "demo")
+    flag = "--test" if getattr(args, "test", None) else "--data"
     dataset = open_dataset(args.data)
     if args.fold is not None:
         choose_fold(dataset, args.fold)
-    check_fold(f"--init {args.init}", args.start, dataset, args.fold)
+    check_fold(f"--init {args.init}", args.seen, dataset, args.fold)
     if labels and dataset.task is None:
         instead = "; for its masks take segment.py" if dataset.masks is not None else ""
-        fail(f"--data {args.data} has no labels, which {args.stage}.py needs{instead}")
+        fail(f"{flag} {args.data} has no labels, which {args.stage}.py needs{instead}")
     if labels and dataset.task == "classes" and len(dataset.classes) < 2 and "train" in splits:
-        fail(f"--data {args.data} has one class, {dataset.classes[0]}: there is nothing to tell apart")
+        fail(f"{flag} {args.data} has one class, {dataset.classes[0]}: there is nothing to tell apart")
     if masks and dataset.masks is None:
-        fail(f"--data {args.data} has no masks, which {args.stage}.py needs: prepare a folder with images/ and masks/")
+        fail(f"{flag} {args.data} has no masks, which {args.stage}.py needs: prepare a folder with images/ and masks/")
     counts = ", ".join(f"{count} {name}" for name, count in dataset.counts.items())
     for name in splits:
         if not len(dataset.rows[name]):
-            fail(f"--data {args.data} has no {name} images, which {args.stage}.py needs; it has {counts}")
+            fail(f"{flag} {args.data} has no {name} images, which {args.stage}.py needs; it has {counts}")
     dataset.metric = args.metric or ("iou" if masks else dataset.metric)
-    if dataset.metric == "quadratic_kappa" and not dataset.ordinal:
-        fail(f"--metric quadratic_kappa is for ordered classes, and those of {args.data} are not; where they are, prepare "
-             "it with --classes in their order and --ordinal")
+    if "train" in splits:
+        check_metric(dataset, args.data)
     if args.limit:
         dataset.rows["train"] = limit_images(dataset, "train", args.limit)
     if labels and dataset.task == "classes" and "train" in splits:
@@ -323,7 +331,7 @@ def load_dataset(args, splits=SPLITS, labels=False, masks=False):
         unseen = [name for name, count in zip(dataset.classes, seen) if not count]
         if unseen:
             advice = "raise --limit" if args.limit else "leave the class out, or give it training images"
-            fail(f"--data {args.data}: no training image has the label {some(unseen)}; {advice}")
+            fail(f"{flag} {args.data}: no training image has the label {some(unseen)}; {advice}")
     counts = ", ".join(f"{count} {name}" for name, count in dataset.counts.items())
     named = f", {len(dataset.classes)} classes ({some(dataset.classes, 14)})" if dataset.classes and not masks else ""
     say(f"{dataset.name}: {counts} images{named}")
@@ -349,12 +357,27 @@ def load_external(args, meta, labels=False, masks=False):
         say(f"WARNING: {args.test} is prepared by --fit {dataset.fit}, what the model has seen by --fit {meta['fit']}: shapes "
             "differ; prepare it again")
     dataset.mean, dataset.std = meta["mean"], meta["std"]
-    dataset.metric = args.metric or meta.get("metric", dataset.metric)
     dataset.ordinal = meta.get("ordinal", dataset.ordinal)
+    dataset.metric = args.metric or meta.get("metric", dataset.metric)
+    check_metric(dataset, args.test)
     args.init_label, args.seed = meta["init"], meta.get("seed", args.seed)
-    args.output = args.output or (f"runs/{args.stage}-{meta['dataset']}-on-{dataset.name}-{args.arch}-{args.init_label}"
-                                  f"-s{args.seed}")
+    fold = "" if meta.get("fold") is None else f"-f{meta['fold']}"
+    args.output = args.output or (f"runs/{args.stage}-{meta['dataset']}-on-{dataset.name}-{args.split}-{args.arch}-"
+                                  f"{args.init_label}-s{args.seed}{fold}")
     return dataset
+
+
+def training_of(meta):
+    """What metrics.json of a test elsewhere says of the model's training, as its model.pt has it."""
+    return {"trained_on": meta["dataset"], "pretrained_on": meta.get("pretrained_on"), "model_fold": meta.get("fold"),
+            "training": {**meta.get("arguments", {}), "split_of_training": meta.get("split")}}
+
+
+def check_metric(dataset, folder):
+    """Refuse quadratic kappa for classes without an order."""
+    if dataset.metric == "quadratic_kappa" and not dataset.ordinal:
+        fail(f"--metric quadratic_kappa is for ordered classes, and those of {folder} are not; where they are, prepare "
+             "it with --classes in their order and --ordinal")
 
 
 def note_enlarged(dataset, image_size, side):
@@ -800,10 +823,11 @@ def load_backbone(model, weights, source):
     own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(classifier)}
     weights = timm_names(weights)
     left_out = [f"{part}*" for part in known if any(name.startswith(part) and name not in own for name in weights)]
+    trouble = ""
     try:
         weights = fit_weights(model, weights, source)
-    except Exception:
-        pass  # they are of another architecture, as the lists below show
+    except Exception as error:  # mostly as they are of another architecture, as the lists below show
+        trouble = f"; timm cannot convert them ({type(error).__name__}: {str(error)[:80]})"
     weights = {name: tensor for name, tensor in weights.items() if name in own or not name.startswith(known)}
     missing = [name for name in own if name not in weights and not name.endswith("num_batches_tracked")]
     extra = [name for name in weights if name not in own]
@@ -813,7 +837,7 @@ def load_backbone(model, weights, source):
     wrong = {"missing": missing, "left over": extra, "other shape": shapes}
     if any(wrong.values()):
         fail(f"--init {source} does not fit {type(model).__name__}: {matched} of {len(own)} tensors match; "
-             + "; ".join(f"{what}: {some(names)}" for what, names in wrong.items() if names))
+             + "; ".join(f"{what}: {some(names)}" for what, names in wrong.items() if names) + trouble)
     model.load_state_dict(weights, strict=False)
     aside = f", left out: {some(left_out, 20)}" if left_out else ""
     say(f"init {source}: {matched} of {len(own)} backbone tensors loaded{aside}")
@@ -877,15 +901,17 @@ def open_backbone(name, dataset, args, like=None):
         init = str(path)
         label = path.resolve().parent.name if path.name == "model.pt" else path.stem
         meta = {"num_classes": 0, **read_checkpoint(path, args.init_key)[1]}
-        check_fold(f"--runs {name}", meta, dataset, args.fold)
-    known = {"arch": args.arch, "image_size": args.image_size, "patch_size": args.patch_size, "num_classes": 0, **(like or {}),
-             **meta}
-    model, pretrained_on = build_model(known["arch"], init, known["image_size"], known["num_classes"], args.seed, args.init_key,
-                                       patch_size=known["patch_size"])
+        check_fold(f"--runs {name}", meta.get("seen", []), dataset, args.fold)
+    if meta.get("task") == "masks":
+        meta["num_classes"] = 0  # segment.py's backbones are built so, and random weights depend on it
+    known = {"arch": args.arch, "image_size": args.image_size, "patch_size": args.patch_size, "num_classes": 0,
+             "seed": args.seed, **(like or {}), **meta}
+    model, pretrained_on = build_model(known["arch"], init, known["image_size"], known["num_classes"], known["seed"],
+                                       args.init_key, patch_size=known["patch_size"])
     model.reset_classifier(0)  # built with it, as one of another size would draw other random weights
     facts = {"run": name, "name": label, "arch": known["arch"], "init": init_label(init, meta),
              "pretrained_on": pretrained_on, "image_size": known["image_size"], "patch_size": known["patch_size"],
-             "num_classes": known["num_classes"]}
+             "num_classes": known["num_classes"], "seed": known["seed"]}
     return model.eval(), facts, {key: known[key] for key in ("mean", "std") if key in known}
 
 
@@ -984,7 +1010,10 @@ def outputs(function, width, dataset, rows, image_size, run, batch_size=128):
 
 def extract(model, dataset, rows, image_size, run, pool="auto", batch_size=128):
     """Frozen features (n, D) float32 of rows of a dataset, in their order, on the CPU of every process."""
-    return outputs(partial(features, model, pool=pool), model.num_features, dataset, rows, image_size, run, batch_size)
+    function = partial(features, model, pool=pool)
+    with torch.inference_mode():  # some models have layers between the width that they name and their classifier
+        width = function(torch.zeros(1, 3, image_size, image_size, device=run.device)).shape[1]
+    return outputs(function, width, dataset, rows, image_size, run, batch_size)
 
 
 def nearest(train, queries, k, tile=2 ** 26):
@@ -1300,7 +1329,8 @@ def make_parser(description):
     data, model, run = (parser.add_argument_group(name) for name in ("data", "model", "run"))
     data.add_argument("--data", default=DEMO, metavar="DIR",
                       help=f"a folder that prepare.py has made (default {DEMO}, which makes itself)")
-    data.add_argument("--fold", type=int, metavar="K", help="test on fold K of prepare.py --folds, train on the others")
+    data.add_argument("--fold", type=int, metavar="K",
+                      help="test on fold K of prepare.py --folds, validate on val of the others, train on their rest")
     data.add_argument("--limit", type=int, help="use N training images, classes in proportion")
     data.add_argument("--metric", choices=METRICS, help="headline metric (default: the dataset's)")
     model.add_argument("--image-size", type=int,
@@ -1313,7 +1343,7 @@ def make_parser(description):
     model.add_argument("--init-stats", action="store_true", default=None,
                        help="of --init take only the mean and standard deviation of each weight matrix, and draw it anew")
     model.add_argument("--init-key", help="part of a checkpoint to take, e.g. student (default teacher or model)")
-    run.add_argument("--output", help="run folder (default runs/STAGE-DATASET-ARCH-INIT-sSEED)")
+    run.add_argument("--output", help="run folder (default runs/STAGE-DATASET-ARCH-INIT-sSEED, -fK of a fold)")
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     run.add_argument("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"],
@@ -1363,11 +1393,12 @@ def parse(parser, stage):
     together."""
     args = parser.parse_args()
     args.stage = stage
+    args.defaults = {action.dest: action.default for action in parser._actions if action.dest != "help"}
     at_least = {"image_size": 1, "patch_size": 1, "limit": 1, "epochs": 1, "batch_size": 1, "lr": 0, "weight_decay": 0,
                 "warmup_steps": 0, "clip_grad": 0, "min_lr": 0, "seed": 0, "rotate": 0, "patience": 0}
     for name, low in at_least.items():
         value = getattr(args, name, None)
-        if value is not None and value < low:
+        if value is not None and not value >= low:  # which a NaN is not either
             fail(f"--{name.replace('_', '-')} {value}: must {'be at least 1' if low else 'not be negative'}")
     if hasattr(args, "scale") and not 0 < args.scale[0] <= args.scale[1] <= 1:
         fail(f"--scale {args.scale[0]} {args.scale[1]}: expected 0 < LOW <= HIGH <= 1")
@@ -1375,8 +1406,12 @@ def parse(parser, stage):
         fail(f"--init-stats goes with weights, not with --init {args.init}: take imagenet, imagenet-dino or a file")
     meta = {}
     given = [f"--{name}" for name in ("predict", "test") if getattr(args, name, None)]
-    if len(given) > 1 or getattr(args, "split", "test") != "test" and "--test" not in given:
-        fail("take either --predict or --test; --split is for --test")
+    if len(given) > 1:
+        fail("take either --predict or --test")
+    if getattr(args, "split", "test") != "test" and "--test" not in given:
+        fail(f"--split {args.split} is for --test")
+    if args.init not in NAMED_INITS and Path(args.init).is_dir():  # a run folder
+        args.init = str(Path(args.init) / "model.pt")
     if given and (args.init in NAMED_INITS or args.init_stats):
         fail(f"{given[0]} needs --init RUN/model.pt, a model that {stage}.py has trained")
     if args.init not in NAMED_INITS:
@@ -1387,8 +1422,18 @@ def parse(parser, stage):
     args.image_size = args.image_size or meta.get("image_size") or 224
     args.patch_size = args.patch_size or meta.get("patch_size")
     args.init_label = init_label(args.init, meta) + ("-stats" if args.init_stats else "")
-    args.start = {"split": meta.get("split"), "fold": meta.get("fold")}
+    args.seen = meta.get("seen", [])
+    args.init_digest = None if args.init in NAMED_INITS else digest_of(args.init)
     return args
+
+
+def digest_of(file):
+    """A fingerprint of what is in a file."""
+    digest = hashlib.blake2b(digest_size=8)
+    with open(file, "rb") as content:
+        while part := content.read(2 ** 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def init_label(init, meta):
@@ -1418,7 +1463,7 @@ def device_name(device):
 
 RUN_FILES = ["args.json", "log.jsonl", "checkpoint.pt", "model.pt", "predictions.csv", "metrics.json"]
 # these change no result (of a device what matters is its precision, --amp); the data are compared by their fingerprint
-NOT_COMPARED = {"output", "overwrite", "device", "predict", "skip_broken", "on_collapse", "export", "data", "start"}
+NOT_COMPARED = {"output", "overwrite", "device", "predict", "skip_broken", "on_collapse", "export", "data", "seen", "defaults"}
 
 
 def open_run(args, run, dataset, own_files=()):
@@ -1447,6 +1492,8 @@ def open_run(args, run, dataset, own_files=()):
             run.lock = filelock.FileLock(folder / ".lock")
             run.lock.acquire(timeout=0)
             for name in [*reversed(RUN_FILES), *own_files] if args.overwrite else []:
+                if (folder / name).is_dir():
+                    shutil.rmtree(folder / name)
                 (folder / name).unlink(missing_ok=True)
         except filelock.Timeout:
             fail(f"{folder} is being written by another process; wait for it, or give another --output")
@@ -1468,6 +1515,7 @@ def compare_runs(folder, args, dataset):
     except (ValueError, KeyError, OSError) as error:
         fail(f"{folder} holds a run whose args.json cannot be read ({error}); give another --output, or --overwrite")
     here = vars(args)
+    old = {**args.defaults, "init_digest": here["init_digest"], **old}  # an argument that is newer than that run
     if old.get("stage") != args.stage:
         fail(f"{folder} holds another run, of {old.get('stage')}; give another --output")
     differ = [f"{name} {old.get(name)!r} there, {here.get(name)!r} here"
@@ -1551,7 +1599,8 @@ def save_model(path, weights, dataset, args, **own):
     content = {"stage": args.stage, "arch": args.arch, "init": args.init_label, "dataset": dataset.name,
                "image_size": args.image_size, "patch_size": args.patch_size, "side": dataset.side, "fit": dataset.fit,
                "mean": dataset.mean, "std": dataset.std, "metric": dataset.metric, "ordinal": dataset.ordinal,
-               "seed": args.seed, "split": dataset.fingerprint, "fold": args.fold, **own,
+               "seed": args.seed, "split": dataset.fingerprint, "fold": args.fold,
+               "seen": [*args.seen, [dataset.folding, args.fold]], "arguments": vars(args), **own,
                "state_dict": {name: w.cpu().contiguous() for name, w in weights.items()}}
     write_atomic(path, lambda part: torch.save(content, part))
 

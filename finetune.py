@@ -1,4 +1,4 @@
-"""Fine-tune a classifier, choose the epoch on validation, test it once; or predict new images.
+"""Fine-tune a classifier, choose the epoch on validation, test it once; or test it elsewhere; or predict new images.
 
     python finetune.py --arch resnet18 --image-size 96 --epochs 20
     torchrun --nproc_per_node 4 finetune.py --data data/mine --arch deit_small --init imagenet
@@ -31,7 +31,11 @@ def arguments():
                        help="balanced: every class (or 0 and 1 of every label) weighs alike in the loss (paper: none)")
     groups["model"].add_argument("--freeze", action="store_true",
                                  help="linear probe: the classifier alone, to convergence; no epochs, rates, augmentation")
-    return common.parse(parser, "finetune")
+    args = common.parse(parser, "finetune")
+    for action in train._group_actions if args.freeze else []:
+        if action.dest != "class_weights":  # which plays no part in a probe
+            setattr(args, action.dest, None)
+    return args
 
 
 # ---------------------------------------------------------------- the method --------------------------------
@@ -128,12 +132,13 @@ def train_epoch(model, optimizer, scaler, dataset, args, run, epoch, rates, weig
     return mean.item(), len(order) * args.batch_size / (time.time() - begin)
 
 
-def validate(model, dataset, args, run):
-    """The loss and every metric on validation."""
+def validate(model, dataset, args, run, weights):
+    """The loss, with class weights (C,) or None, and every metric on validation."""
     rows = dataset.rows["val"]
     labels = dataset.labels[rows]
     logits = common.outputs(model.eval(), len(dataset.classes), dataset, rows, args.image_size, run)
-    loss = loss_function(logits, torch.from_numpy(labels)).item()
+    weights = None if weights is None else weights.cpu()
+    loss = loss_function(logits, torch.from_numpy(labels), weights).item()
     return {"loss": loss, **common.all_metrics(dataset, labels, probabilities(logits, dataset.task))}
 
 
@@ -155,7 +160,7 @@ def fit(model, dataset, args, run, folder, pretrained_on):
         begin = time.time()
         rates = learning_rates(args, args.epochs * per_epoch, log)[epoch * per_epoch:]
         loss, speed = train_epoch(wrapped, optimizer, scaler, dataset, args, run, epoch, rates, weights)
-        values = validate(model, dataset, args, run)
+        values = validate(model, dataset, args, run, weights)
         entry = {"epoch": epoch + 1, "loss": loss, "val": values, "lr": optimizer.param_groups[0]["lr"],
                  "images_per_second": speed, "seconds": time.time() - begin}
         common.end_epoch(entry, log, parts, model.state_dict(), dataset, args, run, pretrained_on=pretrained_on,
@@ -171,13 +176,15 @@ STRENGTHS = [10.0 ** power for power in range(-5, 4)]  # C of scikit-learn: the 
 
 def logistic_regression(features, labels, count, strength, weights=None, start=None):
     """The (weight (C, D), bias (C,)) float64 that minimise the sum of loss_function over features (N, D) float64 plus
-    |weight|^2 / (2 strength), by L-BFGS to convergence; `count` classes or labels, from `start` or zeros."""
+    |weight|^2 / (2 strength), of two classes twice that, by L-BFGS to convergence; `count` classes or labels, from `start` or
+    zeros."""
     weight, bias = start or (features.new_zeros(count, features.shape[1]), features.new_zeros(count))
     weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=5000, max_eval=10000, tolerance_grad=1e-6, tolerance_change=1e-12,
                                   history_size=20, line_search_fn="strong_wolfe")
     terms = count if labels.ndim > 1 else 1  # the loss of several labels is a mean over them
-    rows = 2 if labels.ndim == 1 and count == 2 else 1  # of weights: for two classes scikit-learn penalises their difference
+    # for two classes scikit-learn has one row of weights, their difference, and so penalises half as much as two would
+    rows = 2 if labels.ndim == 1 and count == 2 else 1
 
     def objective():
         optimizer.zero_grad()
@@ -357,16 +364,16 @@ def test_elsewhere(args, run):
     columns = match_classes(dataset, meta)
     if not len(dataset.rows["test"]):
         fail(f"--test {args.test}: no image is left to test")
-    folder = common.open_run(args, run, dataset, ["confusion.png"])
+    folder = common.open_run(args, run, dataset, ["curves.png", "confusion.png"])
     begin = time.time()
-    model = common.to_device(model, run)
-    result = test(model, dataset, args, run, folder, columns)
+    result = test(common.to_device(model, run), dataset, args, run, folder, columns)
     if result is None:
         return
     headline = tell(dataset, {}, result, f"trained on {meta['dataset']}, tested on {dataset.name}")
+    training = common.training_of(meta)
     common.write_metrics(
-        folder, dataset, run, args, trained_on=meta["dataset"], pretrained_on=meta.get("pretrained_on"), val={}, test=result,
-        epochs=0, parameters=sum(p.numel() for p in model.parameters()), seconds=time.time() - begin,
+        folder, dataset, run, args, **training, freeze=training["training"].get("freeze"), val={}, test=result, epochs=0,
+        parameters=sum(p.numel() for p in model.parameters()), seconds=time.time() - begin,
         summary=f"test {headline}")
 
 
@@ -393,17 +400,18 @@ def main():
         return predict(args, run)
     if args.test:
         return test_elsewhere(args, run)
-    common.own_share(args.batch_size, run)
+    if not args.freeze:
+        common.own_share(args.batch_size, run)
     dataset = common.load_dataset(args, labels=True)
     common.note_enlarged(dataset, args.image_size, common.centre_box(dataset.side)[1])
-    if len(dataset.rows["train"]) < args.batch_size and not args.freeze:
+    if not args.freeze and len(dataset.rows["train"]) < args.batch_size:
         fail(f"--batch-size {args.batch_size} is more than the {len(dataset.rows['train'])} training images")
     model, pretrained_on = common.build_model(args.arch, args.init, args.image_size, len(dataset.classes), args.seed,
                                               args.init_key, args.init_stats, patch_size=args.patch_size)
     if not args.freeze and not args.init_stats:
         common.keep_classifier(model, common.classifier_prefixes(model), args.init, dataset.classes, dataset.task)
     normalised = any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules())
-    if args.batch_size == 1 and normalised and not args.freeze:
+    if args.batch_size == 1 and normalised:
         fail(f"--batch-size 1: the batch norm of {args.arch} needs at least 2 images")
     model = common.to_device(model, run)
     folder = common.open_run(args, run, dataset, ["curves.png", "confusion.png"])

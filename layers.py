@@ -39,7 +39,7 @@ def arguments():
                        help="run folders or checkpoints; or, of --arch, " + ", ".join(NAMED_INITS))
     group.add_argument("--pair", nargs=2, metavar=("START", "END"), action="append", default=[],
                        help="two models to compare, as in --runs, e.g. before and after fine-tuning; again for more. What "
-                            "one does not say itself is as in the other; random is drawn anew by --seed")
+                            "one does not say itself is as in the other, the seed of random weights too")
     group.add_argument("--images", type=int, default=1024, help="test images for CKA (default 1024)")
     group.add_argument("--batch-size", type=int, default=128,
                        help="images at a time and process, and in a minibatch of CKA (default 128)")
@@ -92,7 +92,8 @@ def open_models(args, dataset):
             known = {**facts, **seen_as}
             if name in NAMED_INITS:
                 facts["name"] = f"{name} {facts['arch']}"
-            key = tuple(facts[field] for field in ("run", "arch", "image_size", "num_classes"))
+            fields = ("run", "arch", "image_size", "patch_size", "num_classes", "seed")
+            key = repr([*(facts[field] for field in fields), seen_as])
             opened[name] = models.setdefault(key, (model, layers_of(model, name, facts), facts, seen_as))
         if len(names) == 2:
             pairs.append([opened[name] for name in names])

@@ -63,6 +63,7 @@ def arguments(argv=None):
     layout.add_argument("--image-column", default="image", help="of the paths (default image)")
     layout.add_argument("--label-column", help="one column of classes, several of 0/1, or none (default label)")
     layout.add_argument("--split-column", help="column with train, val, test (default: carve --split)")
+    layout.add_argument("--fold-column", help="column with folds 0, 1, ... (default: --folds deals them)")
     layout.add_argument("--group-column", help="column with the patient, who stays in one split")
     layout.add_argument("--mask-column", help="column with the mask's path (default: masks/ beside the images)")
     layout.add_argument("--classes", help="names in their order, comma separated (default: sorted)")
@@ -92,8 +93,8 @@ def arguments(argv=None):
     for name in ("classes", "mask_classes", "label_column"):
         if getattr(args, name):
             setattr(args, name, [part.strip() for part in getattr(args, name).split(",")])
-    if args.folds is not None and args.folds < 2:
-        fail(f"--folds {args.folds}: at least 2")
+    if args.folds is not None and args.folds < 2 or args.folds and args.fold_column:
+        fail(f"--folds {args.folds}: at least 2, and not beside --fold-column")
     if args.ordinal and not args.classes:
         fail("--ordinal needs the grades in their order: --classes \"No DR,Mild,Moderate\"")
     if args.mask_classes and (len(args.mask_classes) < 2 or not all(args.mask_classes)):
@@ -419,12 +420,19 @@ def index_csv(root, args):
     labels = args.label_column or []
     labels = [] if labels == ["none"] else labels
     table = read_table(file, [args.image_column, *labels,
-                              *filter(None, (args.split_column, args.group_column, args.mask_column))])
+                              *filter(None, (args.split_column, args.group_column, args.mask_column, args.fold_column))])
     folders = [folder / part for folder in dict.fromkeys((file.parent, root)) for part in ("", *IMAGE_FOLDERS)]
     listed = table[args.image_column]
     source = Source(listed_rows(listed, [folder for folder in folders if folder.is_dir()], root), table=file)
     if "split" in table and not args.split_column:
         say(f"note: the column \"split\" of {file} is not used; --split-column split takes it")
+    if "fold" in table and not args.fold_column:
+        say(f"note: the column \"fold\" of {file} is not used; --fold-column fold takes it")
+    if args.fold_column:
+        folds = table[args.fold_column]
+        wrong = [f"{fold!r} of {name}" for name, fold in zip(listed, folds) if fold and not fold.isdigit()]
+        refuse(wrong, f"{file}: {len(wrong)} folds are no whole numbers")
+        fill(source.rows, fold=[int(fold) if fold else None for fold in folds])
     if args.mask_column:
         add_mask_column(source, table[args.mask_column], root, args)
     elif args.label_column != ["none"]:
@@ -1148,9 +1156,15 @@ def deal_folds(source, digests, args):
     folds = share_out(flags, list(units.values()), shares, np.random.default_rng([args.split_seed, 1]), None)
     fill([row for row, _ in rows], fold=folds.tolist())
     sizes = np.bincount(folds, minlength=args.folds)
-    say(f"folds: {', '.join(map(str, sizes))} images in {args.folds} folds (--fold K of the stages tests on one)")
     if not sizes.all():
         fail(f"--folds {args.folds}: {len(units)} images or groups are too few")
+    say(f"folds: {', '.join(map(str, sizes))} images in {args.folds} folds (--fold K of the stages tests on one)")
+    trains = flags[:, :flags.shape[1] // 2] & ~val
+    for fold in range(args.folds) if source.classes and not source.multilabel else []:
+        unseen = [name for name, there in zip(source.classes, trains[folds != fold].any(0)) if not there]
+        if unseen:
+            fail(f"--folds {args.folds}: outside of fold {fold} no image is left to train {some(unseen)} on; take fewer "
+                 "folds, or leave the class out")
 
 
 def mend_empty(parts, units, flags, shares):
@@ -1528,18 +1542,9 @@ def write_meta(folder, source, args, side, **own):
         "version": VERSION, "name": Path(args.output).resolve().name, "side": side, "fit": args.fit,
         "channels": images.shape[3], "classes": source.classes or [], "ordinal": source.ordinal,
         "mask_classes": source.mask_classes or [], "ignore": args.ignore, "metric": source.metric,
-        "masks": digest_of(folder / "masks.npy") if source.mask_classes else None, "mean": source.mean,
+        "masks": common.digest_of(folder / "masks.npy") if source.mask_classes else None, "mean": source.mean,
         "std": source.std, "layout": args.layout, "source": args.source, "command": args.command,
         "arguments": compared(args), "left_out": source.left_out, **own})
-
-
-def digest_of(file):
-    """A fingerprint of a file: corrected masks are other data."""
-    digest = hashlib.blake2b(digest_size=8)
-    with open(file, "rb") as content:
-        while part := content.read(2 ** 20):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 def contact_sheet(folder, count=6):

@@ -38,7 +38,7 @@ NEEDED = {**dict.fromkeys(("stage", "dataset", "arch", "init", "metric"), str), 
           "test": dict}
 VITS = ("vit", "deit", "beit", "eva", "cait", "xcit", "swin")  # all other architectures count as CNNs
 # arguments in which runs of one table may differ
-NO_RECIPE = common.NOT_COMPARED | {"fold", "arch", "init", "init_label", "init_key", "init_stats", "seed"}
+NO_RECIPE = common.NOT_COMPARED | {"fold", "init_digest", "arch", "init", "init_label", "init_key", "init_stats", "seed"}
 QUESTIONS = [  # the paper's, each with the comparison, the kind of run and the starts that answer it (None: any)
     ("Does the ViT lose from scratch?", "vit", "finetune", ["random"]),
     ("Is the ViT on par from ImageNet weights, supervised?", "vit", "finetune", ["imagenet"]),
@@ -69,6 +69,8 @@ def read_run(folder):
     run["folder"] = folder
     if run.get("trained_on"):
         run["dataset"] = f"{run['trained_on']}, tested on {run['dataset']}"
+    if run.get("model_fold") is not None:
+        run["seed"] = f"{run['seed']}, model of fold {run['model_fold']}"
     run["kind"] = "probe" if run.get("freeze") else run["stage"]
     run["args"] = json.loads(args.read_text()) if args.exists() else {}
     run["arguments"] = run["args"].get("arguments", {})
@@ -98,12 +100,21 @@ def read_runs(places):
             troubles[folder] = f"damaged: metrics.json or args.json cannot be used: {error}"
     if not runs and not troubles:
         fail(f"{', '.join(map(str, places))}: no run folders (with metrics.json or args.json) in there")
+    defaults = defaultdict(dict)
+    for run in runs:
+        defaults[run["stage"]].update(run["arguments"].get("defaults", {}))
+    for run in runs:
+        if run["arguments"]:  # one that is newer than the run counts as its default
+            run["arguments"] = {**defaults[run["stage"]], **run["arguments"]}
     return runs, sorted(troubles.items())
 
 
 def recipe(run):
-    """The arguments of a run that decide its result, but for its model, its start and its seed."""
-    return {name: value for name, value in run["arguments"].items() if name not in NO_RECIPE}
+    """The arguments of a run that decide its result, but for its model, its start and its seed; of a test elsewhere, those
+    of the training too."""
+    made = {name: value for name, value in run["arguments"].items() if name not in NO_RECIPE}
+    training = {name: value for name, value in (run.get("training") or {}).items() if name not in NO_RECIPE}
+    return {**made, **{f"{name} of the training": value for name, value in training.items()}}
 
 
 def differences(one, other):
@@ -235,7 +246,7 @@ def paired_difference(first, second, resamples=500):
     """Mean over common seeds of headline(first) - headline(second): (difference, [low, high] or None, seeds, test
     images), None without a common seed. The 95 % percentile interval resamples seeds and test images, the same for
     both; without predictions of the same images (0 images), the seeds alone."""
-    seeds = [seed for seed in sorted(first.keys() & second.keys())
+    seeds = [seed for seed in sorted(first.keys() & second.keys(), key=str)
              if None not in (headline(first[seed]), headline(second[seed]))]
     if not seeds:
         return None
@@ -269,34 +280,34 @@ def join_folds(runs):
     all images, each as predicted by the run that has not seen it."""
     joined, spare, groups = [], [], defaultdict(dict)
     for run in runs:
-        if run.get("fold") is None or run["kind"] not in STAGES:
+        if run.get("fold") is None or run["kind"] not in STAGES or run.get("trained_on"):
             joined.append(run)
             continue
         made = json.dumps(recipe(run), sort_keys=True)
         names = ("kind", "dataset", "split", "image_size", "metric", "arch", "init", "seed")
-        parts = groups[made, *(run.get(name) for name in names)]
-        if run["fold"] in parts:
-            spare.append((run, f"another run of fold {run['fold']}, as {parts[run['fold']]['folder'].name}"))
-        parts[run["fold"]] = parts.get(run["fold"], run)
-    for parts in groups.values():
-        parts = [parts[fold] for fold in sorted(parts)]
-        whole = join(parts) if len(parts) == parts[0]["folds"] else None
-        if whole:
-            joined.append(whole)
+        by_fold = groups[made, *(run.get(name) for name in names)]
+        if run["fold"] in by_fold:
+            spare.append((run, f"another run of fold {run['fold']}, as {by_fold[run['fold']]['folder'].name}"))
         else:
-            there = ", ".join(str(part["fold"]) for part in parts)
-            spare += [(part, f"of {part['folds']} folds only {there} can be joined") for part in parts]
+            by_fold[run["fold"]] = run
+    for by_fold in groups.values():
+        parts = [by_fold[fold] for fold in sorted(by_fold)]
+        count = parts[0].get("folds")
+        if len(parts) != count:
+            there = ", ".join(map(str, sorted(by_fold)))
+            spare += [(part, f"of {count} folds only {there} can be joined") for part in parts]
+        elif image_scores({**parts[0], "parts": parts}) is None:
+            spare += [(part, "a predictions.csv of its folds cannot be read") for part in parts]
+        else:
+            joined.append(join(parts))
     return joined, spare
 
 
 def join(parts):
-    """One run out of those of all folds; None where their predictions cannot be read. Scores other than the headline are
-    means over folds."""
+    """One run out of those of all folds. Scores other than the headline are means over folds, counts are sums."""
     whole = {**parts[0], "parts": parts, "folder": Path(f"{parts[0]['folder']} to f{parts[-1]['fold']}")}
-    scores = image_scores(whole)
-    if scores is None:
-        return None
-    paths, groups, score, _ = scores
+    whole["dataset"] = f"{whole['dataset']}, {len(parts)} folds"  # never averaged with runs on the split
+    paths, groups, score, _ = image_scores(whole)
     tests = [part["test"] for part in parts]
     test = {}
     for name in tests[0]:
@@ -310,7 +321,8 @@ def join(parts):
     grouped = groups if groups != paths else None
     test[whole["metric"]] = defined(np.arange(len(paths)))
     test["interval"] = common.bootstrap_interval(defined, len(paths), grouped)
-    test["undefined"] = sorted({name for each in tests for name in each.get("undefined", [])})
+    absent = [set(each.get("undefined", [])) for each in tests]
+    test["undefined"] = sorted(set.intersection(*absent))  # in every fold
     test["beats_guess"] = None
     if test["interval"] and test.get("guess") is not None:
         test["beats_guess"] = test["interval"][0] > test["guess"]
@@ -791,7 +803,7 @@ def introduction(key, members, table):
     archs, inits = archs_and_inits(table, *STAGES)
     cnns, vits = (", ".join(arch for arch in archs if is_vit(arch) == vit) or "none" for vit in (False, True))
     images = ", ".join(f"{count} {name}" for name, count in (members[0].get("counts") or {}).items())
-    seeds = ", ".join(map(str, sorted({seed for by_seed in table.values() for seed in by_seed})))
+    seeds = ", ".join(sorted({str(seed) for by_seed in table.values() for seed in by_seed}))
     starts = "; ".join(f"{init}: {words}" for init, words in INITS.items() if init in inits)
     parts = [DRAWN] if members[0].get("drawn") else []
     parts += [f"CNN: {cnns}; ViT: {vits}; on {key[0]}: {images} images, at {key[2]} pixels; split {key[1]}; "

@@ -373,7 +373,7 @@ def explain_runs(models, dataset, args, run):
     """Explain the same images with every run; draw, save and score the maps."""
     begin = time.time()
     for _, _, meta in models:
-        common.check_fold(f"--runs {meta['run']}", meta, dataset, args.fold)
+        common.check_fold(f"--runs {meta['run']}", meta.get("seen", []), dataset, args.fold)
     tests = dataset.rows["test"]
     if args.images and args.images > len(tests):
         fail(f"--images {args.images}: there are only {len(tests)} test images")

@@ -616,14 +616,14 @@ def test_elsewhere(args, run):
     dataset = common.load_external(args, meta, masks=True)
     check_masks(dataset)
     columns = match_masks(dataset, meta)
-    folder = common.open_run(args, run, dataset, ["examples.png"])
+    folder = common.open_run(args, run, dataset, ["curves.png", "examples.png", "test_masks"])
     begin = time.time()
     result = test(common.to_device(model, run), dataset, args, run, folder, columns)
     if result is None:
         return
     headline = tell(dataset, result, f"trained on {meta['dataset']}, tested on {dataset.name}")
     common.write_metrics(
-        folder, dataset, run, args, trained_on=meta["dataset"], pretrained_on=meta.get("pretrained_on"), val={}, test=result,
+        folder, dataset, run, args, **common.training_of(meta), val={}, test=result,
         output_stride=meta["output_stride"], epochs=0, parameters=sum(p.numel() for p in model.parameters()),
         seconds=time.time() - begin, summary=f"test {headline}")
 
@@ -888,7 +888,7 @@ def main():
     if not args.init_stats:
         common.keep_classifier(model, "classifier.", args.init, dataset.mask_classes, "masks")
     model = common.to_device(model, run)
-    folder = common.open_run(args, run, dataset, ["curves.png", "examples.png"])
+    folder = common.open_run(args, run, dataset, ["curves.png", "examples.png", "test_masks"])
     log = fit(model, dataset, args, run, folder, pretrained_on)
     finish(dataset, args, run, folder, log, pretrained_on)
 

@@ -3,6 +3,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -234,3 +235,84 @@ def test_segmentation_and_run_all_by_folds(folds, tmp_path):
         for name in ("finetune", "knn", "segment"):
             assert re.search(rf"to do   {name}-test_vit-dino-s0-f{fold}: .*--fold {fold} .*{weights} .*-f{fold}\n", plan), plan
     assert re.search(r"saliency.py --runs \S+-f0 \S+-f0 .*--fold 0", plan) and "--fold 1" not in plan
+
+
+def test_a_blank_split_is_seen_by_no_fold(folds, tmp_path):
+    lines = (folds / "labels.csv").read_text().splitlines(keepends=True)
+    hidden = [line.split(",")[0] for line in lines[1::5]]
+    for i in range(1, len(lines), 5):
+        name, _, rest = lines[i].split(",", 2)
+        lines[i] = f"{name},,{rest}"
+    (folds / "labels.csv").write_text("".join(lines))
+    for fold in range(4):
+        dataset = common.open_dataset(folds)
+        common.choose_fold(dataset, fold)
+        seen = {dataset.paths[row] for rows in dataset.rows.values() for row in rows}
+        assert len(seen) == 32 and not seen & set(hidden)
+
+
+def test_corrected_labels_hide_no_fold(folds, tmp_path):
+    """The folding is that of images, splits and folds alone; and a start of a start counts too."""
+    stage("finetune.py", "--data", "data", *SHORT, "--fold", "0", "--output", "f0", cwd=tmp_path)
+    text = (folds / "labels.csv").read_text()
+    (folds / "labels.csv").write_text(text.replace("upright", "level", 1))
+    known = ["--data", "data", *TINY, "--fold", "1"]
+    refused(stage("knn_eval.py", *known, "--init", "f0/model.pt", cwd=tmp_path, check=False), "with --fold 0")
+    prepare("source", "elsewhere", cwd=tmp_path)
+    stage("finetune.py", "--data", "elsewhere", *SHORT[2:], "--init", "f0/model.pt", "--output", "on", cwd=tmp_path)
+    refused(stage("knn_eval.py", *known, "--init", "on", cwd=tmp_path, check=False), "with --fold 0")
+
+
+def test_a_class_must_train_whatever_is_tested(folds, tmp_path):
+    """One image of the class for training, one for val: no fold but the other's could train it."""
+    rows = table(tmp_path / "source" / "labels.csv")
+    splits = ["train", "val", *["train", "val", "test", "train"] * 10]
+    with open(tmp_path / "source" / "labels.csv", "w", newline="") as out:
+        writer = csv.writer(out)
+        writer.writerow(["image", "label", "split"])
+        for i, row in enumerate(rows):
+            writer.writerow([row["image"], "rare" if i < 2 else row["label"], splits[i]])
+    done = prepare("source", "rare", "--folds", "3", "--split-column", "split", cwd=tmp_path, check=False)
+    refused(done, "no image is left to train rare")
+
+
+def test_folds_can_be_sent(folds, tmp_path):
+    shutil.copy(folds / "labels.csv", tmp_path / "source" / "theirs.csv")
+    columns = ["--split-column", "split", "--fold-column", "fold", "--group-column", "group"]
+    prepare("source", "again", "--csv", "source/theirs.csv", *columns, cwd=tmp_path)
+    assert (tmp_path / "again" / "labels.csv").read_text() == (folds / "labels.csv").read_text()
+    done = prepare("source", "plain", "--csv", "source/theirs.csv", "--split-column", "split", cwd=tmp_path)
+    assert "--fold-column fold takes it" in done.stdout
+
+
+def test_folds_and_the_split_are_never_averaged(folds, tmp_path):
+    for fold in range(4):
+        stage("knn_eval.py", "--data", "data", *VIT, "--k", "1", "--fold", fold, "--output", f"runs/f{fold}", cwd=tmp_path)
+    for seed in (0, 1):
+        stage("knn_eval.py", "--data", "data", *VIT, "--k", "1", "--seed", seed, "--output", f"runs/s{seed}", cwd=tmp_path)
+    done = stage("report.py", "runs", "--output", "report", cwd=tmp_path)
+    assert "left out" not in done.stderr
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "data, 4 folds: classification" in page and "data: classification" in page and page.count("(n = 2)") == 1
+    (tmp_path / "runs" / "f1" / "predictions.csv").unlink()
+    done = stage("report.py", "runs", "--output", "report", cwd=tmp_path)
+    assert "f0: left out of the tables: a predictions.csv of its folds cannot be read" in done.stderr
+
+
+def test_models_of_all_folds_are_tested_elsewhere_side_by_side(folds, tmp_path):
+    """And a probe is never taken for a fine-tuned model, nor one that was trained otherwise for its twin."""
+    prepare("source", "theirs", "--split", "0", "0", "1", cwd=tmp_path)
+    for fold in range(2):
+        stage("finetune.py", "--data", "data", *SHORT, "--fold", fold, cwd=tmp_path)
+        model = f"runs/finetune-data-test_vit-random-s0-f{fold}"
+        done = stage("finetune.py", "--test", "theirs", "--init", model, *TINY[2:], cwd=tmp_path)
+        assert f"written: runs/finetune-data-on-theirs-test-test_vit-random-s0-f{fold}" in done.stdout
+    stage("finetune.py", "--data", "data", *VIT, "--fold", "0", "--freeze", "--output", "probe", cwd=tmp_path)
+    stage("finetune.py", "--data", "data", *SHORT, "--lr", "1e-4", "--fold", "0", "--seed", "5", "--output", "other", cwd=tmp_path)
+    for name in ("probe", "other"):
+        stage("finetune.py", "--test", "theirs", "--init", f"{name}/model.pt", *TINY[2:], "--output", f"runs/{name}", cwd=tmp_path)
+    joined, _ = report.join_folds(report.read_runs([tmp_path / "runs"])[0])
+    tested = [run for run in joined if run.get("trained_on")]
+    cells, spare = report.cells(tested)
+    assert {(kind, len(by_seed)) for (kind, _, _), by_seed in cells.items()} == {("finetune", 2), ("probe", 1)}
+    assert [(run["folder"].name, "lr of the training 0.0001, not 0.001" in why) for run, why in spare] == [("other", True)]

@@ -202,3 +202,21 @@ def test_the_last_layer_has_the_score_of_knn_eval(trained):
 def test_mistakes(data, args, words):
     refused(stage("layers.py", *DATA, *TINY, *args, "--output", "out", cwd=data.parent, check=False), *words)
     assert not (data.parent / "out").exists()
+
+
+@pytest.mark.parametrize("script, patch, seed", [("finetune.py", 8, 1), ("finetune.py", 16, 2), ("segment.py", 16, 3)])
+def test_random_is_what_a_run_started_from(trained, script, patch, seed):
+    """By the seed, patches and classes of the run; a second pair with other patches has a start of its own."""
+    rng = np.random.default_rng(0)
+    folder = trained / "masks"
+    if not folder.exists():
+        images = rng.integers(0, 256, (24, 32, 32, 1), dtype=np.uint8)
+        rows = [{"image": f"{i}", "split": ("train", "val", "test")[i // 8], "label": "ab"[i % 2]} for i in range(24)]
+        write_prepared(folder, images, rows, rng.integers(0, 2, (24, 32, 32), dtype=np.uint8))
+    known = ["--data", "masks", "--arch", "test_vit", "--epochs", "1", "--batch-size", "4", "--lr", "0", "--min-lr", "0", *TINY]
+    name = f"still-{script[:-3]}-{patch}"
+    stage(script, *known, "--patch-size", patch, "--seed", seed, "--output", name, cwd=trained)
+    pairs = ["--pair", "random", name, "--pair", "random", "runs/test_vit"]
+    stage("layers.py", "--data", "masks", *pairs, *TINY[2:], "--output", f"seen-{name}", cwd=trained)
+    for pair in metrics(trained / f"seen-{name}")["pairs"]:
+        assert not any(pair["moved"]) and pair["same_layer"] == pytest.approx(np.ones(len(pair["moved"])), abs=1e-6)

@@ -101,16 +101,16 @@ def test_class_weights_of_a_run_with_one_and_two_processes(three_classes, tmp_pa
 
 @pytest.mark.parametrize("script", ["finetune.py", "segment.py"])
 def test_patience_ends_a_run(script, demo, tmp_path):
-    """At a rate of 0 the first epoch stays the best; the head of a segmenter has batch norm, whose statistics move."""
-    args = ["--data", demo, *SHORT, "--lr", "0", "--min-lr", "0", "--epochs", "9", "--limit", "8", "--patience", "2",
+    """At a rate of 0 a classifier's first epoch stays the best; the head of a segmenter has batch norm, whose statistics
+    settle within some epochs."""
+    args = ["--data", demo, *SHORT, "--lr", "0", "--min-lr", "0", "--epochs", "60", "--limit", "8", "--patience", "2",
             "--output", "run"]
     done = stage(script, *args, cwd=tmp_path)
     log = log_of(tmp_path / "run")
     scores = [entry["score"] for entry in log]
-    if script == "finetune.py":
-        assert len(log) == 3
-    assert len(log) == 9 or max(scores[:-2]) >= max(scores[-2:]) and scores.index(max(scores)) == len(log) - 3
-    assert metrics(tmp_path / "run")["epochs"] == len(log) < 9
+    assert metrics(tmp_path / "run")["epochs"] == len(log) < 60
+    assert scores.index(max(scores)) == len(log) - 3  # the best, and two that are not better
+    assert script == "segment.py" or len(log) == 3
     assert "has not improved for 2 epochs" in done.stdout and f"of {len(log)}, 200 test images" in done.stdout
     (tmp_path / "run" / "metrics.json").unlink()  # killed before its end: it goes on to the same end
     stage(script, *args, cwd=tmp_path)
@@ -253,8 +253,9 @@ def test_external_test_refuses_what_does_not_belong(three_classes, csv_source, t
     prepare("source", "several", "--split-column", "split", "--label-column", "a,b", cwd=tmp_path)
     refused(stage("finetune.py", "--test", "several", *args, cwd=tmp_path, check=False), "several labels")
     refused(stage("finetune.py", "--test", "data", *TINY[2:], cwd=tmp_path, check=False), "--init RUN/model.pt")
-    for both in (["--test", "data", "--predict", "source"], ["--data", "data", "--split", "all"]):
-        refused(stage("finetune.py", *both, *args, cwd=tmp_path, check=False), "either --predict or --test")
+    both = ["--test", "data", "--predict", "source"]
+    refused(stage("finetune.py", *both, *args, cwd=tmp_path, check=False), "either --predict or --test")
+    refused(stage("finetune.py", "--data", "data", "--split", "all", *args, cwd=tmp_path, check=False), "is for --test")
     refused(stage("finetune.py", "--test", "data", *args, "--image-size", "64", cwd=tmp_path, check=False), "32 pixels")
     refused(stage("segment.py", "--test", "data", *args, cwd=tmp_path, check=False), "classifier")
     prepare("source", "padded", "--split", "0", "0", "1", "--fit", "pad", cwd=tmp_path)
