@@ -43,7 +43,7 @@ setting SEEDS           "0"                             "0 1 2 3 4"
 setting FOLDS           ""                              ""          # "0 1 2 3 4": cross-validation, of prepare.py --folds 5
 setting IMAGE_SIZE      48                              224
 setting EPOCHS          8                               50          # of fine-tuning
-setting CAPACITY        "resnet10t test_vit"            "resnet18 resnet152 deit_tiny deit_base"  # figure 3, with ARCHS
+setting CAPACITY        "test_resnet test_vit"          "resnet18 resnet152 deit_tiny deit_base"  # figure 3, with ARCHS
 setting CAPACITY_INITS  "random"                        "random imagenet"
 setting DINO_EPOCHS     4                               100
 setting DINO_INIT       random                          imagenet
