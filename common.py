@@ -1887,5 +1887,5 @@ def draw_grid(path, rows, captions=None, row_labels=None, title="", outlines=Non
             axis.set_title(text, color=colour, fontsize=7, y=0, pad=-2, va="top")
         if row_labels:
             axes[i, 0].text(-0.08, 0.5, row_labels[i], fontsize=7, ha="right", va="center", transform=axes[i, 0].transAxes)
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(title, fontsize=9, y=1 - 0.08 / (height + 0.3), va="top")
     save_figure(figure, path)
