@@ -92,9 +92,8 @@ def open_models(args, dataset):
             known = {**facts, **seen_as}
             if name in NAMED_INITS:
                 facts["name"] = f"{name} {facts['arch']}"
-            fields = ("run", "arch", "image_size", "patch_size", "num_classes", "seed")
-            key = repr([*(facts[field] for field in fields), seen_as])
-            opened[name] = models.setdefault(key, (model, layers_of(model, name, facts), facts, seen_as))
+            found = (model, layers_of(model, name, facts), facts, seen_as)
+            opened[name] = models.setdefault(repr((facts, seen_as)), found)
         if len(names) == 2:
             pairs.append([opened[name] for name in names])
     return [*models.values()], pairs
