@@ -414,6 +414,7 @@ def main():
     if args.batch_size == 1 and normalised:
         fail(f"--batch-size 1: the batch norm of {args.arch} needs at least 2 images")
     model = common.to_device(model, run)
+    common.avoid_small_maps(model, [args.image_size], run, args)
     folder = common.open_run(args, run, dataset, ["curves.png", "confusion.png"])
     train = probe if args.freeze else fit
     log = train(model, dataset, args, run, folder, pretrained_on)

@@ -533,6 +533,8 @@ def main():
             say(f"written: {folder / 'crops.png'}")
         return
     student, teacher, pretrained_on = build(args, run)
+    sizes = [args.image_size, *[args.local_size] * bool(args.local_crops)]
+    common.avoid_small_maps(student.backbone, sizes, run, args)
     folder = common.open_run(args, run, dataset, ["crops.png", "curves.png"])
     recipe = {name: getattr(args, name) for name in ["recipe", *PAPER, "local_size"]}
     say(", ".join(f"{name} {value}" for name, value in recipe.items()))

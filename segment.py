@@ -888,6 +888,7 @@ def main():
     if not args.init_stats:
         common.keep_classifier(model, "classifier.", args.init, dataset.mask_classes, "masks")
     model = common.to_device(model, run)
+    common.avoid_small_maps(model, [args.image_size], run, args)
     folder = common.open_run(args, run, dataset, ["curves.png", "examples.png", "test_masks"])
     log = fit(model, dataset, args, run, folder, pretrained_on)
     finish(dataset, args, run, folder, log, pretrained_on)

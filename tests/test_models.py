@@ -164,6 +164,26 @@ def test_a_model_without_published_dino_weights(tmp_path, demo):
             "deit_small", "resnet50", "not for resnet18")
 
 
+@pytest.mark.parametrize("size, amp", [(16, "off"), (64, "bf16")])
+def test_bf16_is_left_where_a_cpus_convolutions_go_wrong_in_it(tmp_path, demo, size, amp):
+    """A stride of 2 on a map of one place; the gradients of what stays in bf16 are near those of fp32."""
+    known = ["--data", demo, "--arch", "resnet18", "--image-size", size, "--limit", "8", "--batch-size", "8", "--epochs", "1",
+             "--device", "cpu"]
+    done = stage("finetune.py", *known, "--amp", "bf16", "--output", "run", cwd=tmp_path)
+    assert metrics(tmp_path / "run")["amp"] == amp
+    assert ("3x3 on 1x1" in done.stdout) == (amp == "off")
+    model = common.build_model("resnet18", "random", size, 4)[0].to(memory_format=torch.channels_last).eval()
+    images = torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for dtype in (torch.float32, torch.float32 if amp == "off" else torch.bfloat16):
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+            loss = model(images).float().square().mean()
+        model.zero_grad()
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert (gradients[1] - gradients[0]).norm() < 0.2 * gradients[0].norm()
+
+
 @pytest.mark.parametrize("arch", ["test_vit", "test_resnet"])
 def test_statistics_without_features(tmp_path, arch):
     """Of each matrix mean and standard deviation stay, to sampling error, and no weight; norms and biases start anew."""

@@ -190,7 +190,7 @@ def test_image_size_is_that_of_the_start(folder_data, tmp_path):
 
 
 def test_mixed_precision_and_any_timm_model(folder_data, tmp_path):
-    args = [*DATA, "--epochs", "1", "--batch-size", "4", "--image-size", "32", "--device", "cpu",
+    args = [*DATA, "--epochs", "1", "--batch-size", "4", "--image-size", "128", "--device", "cpu",
             "--amp", "bf16"]
     stage("finetune.py", *args, "--arch", "test_convnext", "--output", "a", cwd=tmp_path)
     stage("knn_eval.py", *args[:2], *args[6:], "--init", "a/model.pt", "--pool", "mean", "--output", "b",
