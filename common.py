@@ -350,8 +350,8 @@ def load_external(args, meta, labels=False, masks=False):
     dataset = load_dataset(args, ["test"] if args.split == "test" else [], labels, masks)
     if args.split == "all":
         dataset.rows["test"] = np.sort(np.concatenate(list(dataset.rows.values())))
-    if args.split == "all" and meta.get("split") == dataset.fingerprint:
-        say(f"WARNING: {args.test} is what this model was trained on; scores of its training images tell nothing")
+        if meta.get("split") == dataset.fingerprint:
+            say(f"WARNING: {args.test} is what this model was trained on; scores of its training images tell nothing")
     dataset.rows |= {"train": np.zeros(0, np.int64), "val": np.zeros(0, np.int64)}
     if dataset.fit != meta["fit"]:
         say(f"WARNING: {args.test} is prepared by --fit {dataset.fit}, what the model has seen by --fit {meta['fit']}: shapes "
@@ -1018,25 +1018,24 @@ def as_map(model, x):
 
 
 @torch.inference_mode()
-def outputs(function, width, dataset, rows, image_size, run, batch_size=128):
-    """function(images as evaluation sees them) -> (B, width), of rows of a dataset: (n, width) float32, in their order,
-    on the CPU of every process."""
+def outputs(function, dataset, rows, image_size, run, batch_size=128):
+    """function(images as evaluation sees them) -> (B, D), of rows of a dataset: (n, D) float32, in their order, on the CPU
+    of every process."""
     batches = shards(rows, run, batch_size)
-    parts = [torch.zeros(0, width, device=run.device)]
+    parts = []
     loader = load_batches(dataset.images, batches, run.device)
     for images in tqdm(loader, "evaluating", len(batches), leave=False, disable=run.rank > 0):
         view = eval_view(images, image_size, dataset.mean, dataset.std)
         with run.autocast():
             parts.append(function(view).float())
+    if not parts:  # there are more processes than rows: as wide as those of the others
+        parts.append(function(torch.zeros(1, 3, image_size, image_size, device=run.device)).float()[:0])
     return gather_rows(torch.cat(parts), len(rows), run)
 
 
 def extract(model, dataset, rows, image_size, run, pool="auto", batch_size=128):
     """Frozen features (n, D) float32 of rows of a dataset, in their order, on the CPU of every process."""
-    function = partial(features, model, pool=pool)
-    with torch.inference_mode():  # some models have layers between the width that they name and their classifier
-        width = function(torch.zeros(1, 3, image_size, image_size, device=run.device)).shape[1]
-    return outputs(function, width, dataset, rows, image_size, run, batch_size)
+    return outputs(partial(features, model, pool=pool), dataset, rows, image_size, run, batch_size)
 
 
 def nearest(train, queries, k, tile=2 ** 26):
@@ -1312,6 +1311,15 @@ def waited(log):
     """Epochs since the best of a log."""
     scores = [entry["score"] for entry in log]
     return len(log) - 1 - scores.index(max(scores)) if log else 0
+
+
+def epochs_left(log, args):
+    """Yield the epochs that a log, which grows meanwhile, still lacks; --patience ends them early."""
+    for epoch in range(len(log), args.epochs):
+        if args.patience and waited(log) >= args.patience:
+            say(f"validation has not improved for {args.patience} epochs, so training ends here")
+            return
+        yield epoch
 
 
 def end_epoch(entry, log, parts, weights, dataset, args, run, **own):

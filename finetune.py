@@ -136,7 +136,7 @@ def validate(model, dataset, args, run, weights):
     """The loss, with class weights (C,) or None, and every metric on validation."""
     rows = dataset.rows["val"]
     labels = dataset.labels[rows]
-    logits = common.outputs(model.eval(), len(dataset.classes), dataset, rows, args.image_size, run)
+    logits = common.outputs(model.eval(), dataset, rows, args.image_size, run)
     weights = None if weights is None else weights.cpu()
     loss = loss_function(logits, torch.from_numpy(labels), weights).item()
     return {"loss": loss, **common.all_metrics(dataset, labels, probabilities(logits, dataset.task))}
@@ -153,10 +153,7 @@ def fit(model, dataset, args, run, folder, pretrained_on):
     wrapped = common.distribute(model, run, args.compile)
     weights = class_weights(dataset, args.class_weights, run.device)
     per_epoch = len(dataset.rows["train"]) // args.batch_size
-    for epoch in range(len(log), args.epochs):
-        if args.patience and common.waited(log) >= args.patience:
-            say(f"validation has not improved for {args.patience} epochs, so training ends here")
-            break
+    for epoch in common.epochs_left(log, args):
         begin = time.time()
         rates = learning_rates(args, args.epochs * per_epoch, log)[epoch * per_epoch:]
         loss, speed = train_epoch(wrapped, optimizer, scaler, dataset, args, run, epoch, rates, weights)
@@ -278,7 +275,7 @@ def test(model, dataset, args, run, folder, columns=slice(None)):
     """Test a model once, of several labels on some `columns` of its outputs; write predictions.csv and confusion.png.
     Returns the scores on rank 0."""
     rows = dataset.rows["test"]
-    logits = common.outputs(model.eval(), model.num_classes, dataset, rows, args.image_size, run)[:, columns]
+    logits = common.outputs(model.eval(), dataset, rows, args.image_size, run)[:, columns]
     if run.rank > 0:
         return None
     scores = probabilities(logits, dataset.task)
@@ -384,7 +381,7 @@ def predict(args, run):
     with common.prepare_module().new_images(args.predict, folder, meta, args.skip_broken) as dataset:
         rows = dataset.rows["test"]
         model = common.to_device(model, run)
-        logits = common.outputs(model, len(meta["classes"]), dataset, rows, meta["image_size"], run)
+        logits = common.outputs(model, dataset, rows, meta["image_size"], run)
         if run.rank == 0:
             scores = probabilities(logits, meta["task"])
             folder.mkdir(parents=True, exist_ok=True)

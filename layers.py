@@ -124,7 +124,7 @@ def score_layers(model, layers, dataset, image_size, args, run):
     widths = [feature.shape[1] for features in shapes for feature in features.values()]
     parts = {}
     for split, rows in dataset.rows.items():
-        features = common.outputs(wide, sum(widths), dataset, rows, image_size, run, args.batch_size)
+        features = common.outputs(wide, dataset, rows, image_size, run, args.batch_size)
         parts[split] = iter(features.split(widths, 1))
     scores, shares = [], []
     k = min(K, dataset.counts["train"])

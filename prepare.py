@@ -1149,9 +1149,9 @@ def deal_folds(source, digests, args):
     units = defaultdict(list)
     for i, (_, digest) in enumerate(rows):
         units[leader_of(digest)].append(i)
-    flags = label_flags(source, [row for row, _ in rows])
+    labels = label_flags(source, [row for row, _ in rows])
     val = np.array([[row.split == "val"] for row, _ in rows])
-    flags = np.concatenate([flags, flags & val], 1)
+    flags = np.concatenate([labels, labels & val], 1)
     shares = [1 / args.folds] * args.folds
     folds = share_out(flags, list(units.values()), shares, np.random.default_rng([args.split_seed, 1]), None)
     fill([row for row, _ in rows], fold=folds.tolist())
@@ -1159,7 +1159,7 @@ def deal_folds(source, digests, args):
     if not sizes.all():
         fail(f"--folds {args.folds}: {len(units)} images or groups are too few")
     say(f"folds: {', '.join(map(str, sizes))} images in {args.folds} folds (--fold K of the stages tests on one)")
-    trains = flags[:, :flags.shape[1] // 2] & ~val
+    trains = labels & ~val
     for fold in range(args.folds) if source.classes and not source.multilabel else []:
         unseen = [name for name, there in zip(source.classes, trains[folds != fold].any(0)) if not there]
         if unseen:

@@ -296,18 +296,21 @@ def join_folds(runs):
         if len(parts) != count:
             there = ", ".join(map(str, sorted(by_fold)))
             spare += [(part, f"of {count} folds only {there} can be joined") for part in parts]
-        elif image_scores({**parts[0], "parts": parts}) is None:
+            continue
+        scores = image_scores({**parts[0], "parts": parts})
+        if scores is None:
             spare += [(part, "a predictions.csv of its folds cannot be read") for part in parts]
         else:
-            joined.append(join(parts))
+            joined.append(join(parts, scores))
     return joined, spare
 
 
-def join(parts):
-    """One run out of those of all folds. Scores other than the headline are means over folds, counts are sums."""
+def join(parts, scores):
+    """One run out of those of all folds, with the image_scores of all of them. Scores other than the headline are means over
+    folds, counts are sums."""
     whole = {**parts[0], "parts": parts, "folder": Path(f"{parts[0]['folder']} to f{parts[-1]['fold']}")}
     whole["dataset"] = f"{whole['dataset']}, {len(parts)} folds"  # never averaged with runs on the split
-    paths, groups, score, _ = image_scores(whole)
+    paths, groups, score, _ = scores
     tests = [part["test"] for part in parts]
     test = {}
     for name in tests[0]:

@@ -469,10 +469,7 @@ def fit(model, dataset, args, run, folder, pretrained_on):
     per_epoch = len(dataset.rows["train"]) // args.batch_size
     steps = args.epochs * per_epoch
     rates = common.warmup_cosine(args.lr, args.min_lr, steps, min(args.warmup_steps, steps // 4))
-    for epoch in range(len(log), args.epochs):
-        if args.patience and common.waited(log) >= args.patience:
-            say(f"validation has not improved for {args.patience} epochs, so training ends here")
-            break
+    for epoch in common.epochs_left(log, args):
         begin = time.time()
         loss, speed = train_epoch(wrapped, model.dropout, optimizer, scaler, dataset, args, run, epoch,
                                   rates[epoch * per_epoch:])
