@@ -11,14 +11,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import common  # before PyTorch, whose threads it tells how to wait
+from common import fail, say
+
 import numpy as np
 import timm
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
-
-import common
-from common import fail, say
 
 
 def arguments():

@@ -30,6 +30,13 @@ from pathlib import Path
 
 import filelock
 import numpy as np
+
+# OpenMP reads how long a thread that waits keeps its core when PyTorch loads it. By default that is so long that any other
+# job on the machine, and what runs beside it, crawls; these are some microseconds (BENCHMARKS.md, "Threads that wait")
+if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "2000"  # GNU's library, of PyTorch on Linux; turns of a loop
+    os.environ["KMP_BLOCKTIME"] = "1"  # LLVM's and Intel's, of PyTorch elsewhere; milliseconds
+
 import timm
 import torch
 import torch.distributed as dist

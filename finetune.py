@@ -12,13 +12,13 @@ regression on the features of the frozen backbone, solved to convergence, its pe
 import math
 import time
 
+import common  # before PyTorch, whose threads it tells how to wait
+from common import Draws, fail, say
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-
-import common
-from common import Draws, fail, say
 
 
 def arguments():

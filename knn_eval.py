@@ -9,11 +9,11 @@ similarity vote with the weight exp(similarity / T), T = 0.1 in the authors' cod
 """
 import time
 
+import common  # before PyTorch, whose threads it tells how to wait
+from common import fail, say
+
 import numpy as np
 import torch
-
-import common
-from common import fail, say
 
 
 def arguments():

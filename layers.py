@@ -18,14 +18,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import common  # before PyTorch, whose threads it tells how to wait
+from common import NAMED_INITS, fail
+
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
-
-import common
-from common import NAMED_INITS, fail
 
 K, TEMPERATURE = 200, 0.1  # of the k-NN vote, as knn_eval.py has them
 LAYERS = r"blocks\.\d+|layer\d\.\d+|stages\.\d+"  # in timm's ViTs, ResNets and ConvNeXts

@@ -13,13 +13,13 @@ import math
 import time
 from pathlib import Path
 
+import common  # before PyTorch, whose threads it tells how to wait
+from common import Draws, fail, say
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-
-import common
-from common import Draws, fail, say
 
 # What the recipes differ in; a flag on the command line goes before any. "paper" has the values of the study's code, for
 # a start from ImageNet weights. (That code steps its optimizer twice a batch, so that its runs cannot be matched exactly.)

@@ -13,15 +13,15 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import common  # before PyTorch, whose threads it tells how to wait
+from common import fail, say
+
 import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
-
-import common
-from common import fail, say
 
 GAUSSIAN = 0.25  # standard deviation of the centred Gaussian, as a share of the side
 STEPS = 20  # of the deletion and insertion curves

@@ -19,15 +19,15 @@ import shutil
 import time
 from pathlib import Path
 
+import common  # before PyTorch, whose threads it tells how to wait
+from common import Draws, fail, say
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 from tqdm import tqdm
-
-import common
-from common import Draws, fail, say
 
 SCORES = ["iou", "dice", "iou_set", "dice_set", "hd95"]
 COUNTS = ["n", "hd95_n", "lesions", "found"]  # images, of each class, behind the scores

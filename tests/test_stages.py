@@ -1,6 +1,9 @@
 """finetune.py and knn_eval.py, run as a user runs them, their files read back."""
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -144,6 +147,22 @@ def test_predict_gives_the_test_probabilities_again(folder_data, tmp_path):
           cwd=tmp_path, processes=2)
     (row,) = table(tmp_path / "out2" / "predictions.csv")
     assert row["predicted"] == rows[0]["predicted"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks GNU's OpenMP, of PyTorch on Linux, what it was told")
+@pytest.mark.parametrize("own, turns", [({}, "2000"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0"), ({"GOMP_SPINCOUNT": "7"}, "7")])
+def test_threads_wait_briefly_unless_told_otherwise(tmp_path, own, turns):
+    clean = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    done = subprocess.run([sys.executable, ROOT / "knn_eval.py", "--help"], capture_output=True, text=True, cwd=tmp_path,
+                          env={**clean, "OMP_DISPLAY_ENV": "VERBOSE", **own})
+    assert done.returncode == 0 and f"GOMP_SPINCOUNT = '{turns}'" in done.stderr
+
+
+@pytest.mark.parametrize("stage", ["pretrain_dino", "finetune", "knn_eval", "segment", "saliency", "attn_distance", "layers"])
+def test_every_stage_sets_this_before_it_loads_pytorch(stage):
+    lines = (ROOT / f"{stage}.py").read_text().splitlines()
+    imports = [line.split()[1].split(".")[0] for line in lines if line.startswith(("import ", "from "))]
+    assert imports.index("common") < min(imports.index(name) for name in ("torch", "torchvision", "timm") if name in imports)
 
 
 def test_a_stage_and_common_copied_alone(folder_data, tmp_path):
