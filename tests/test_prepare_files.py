@@ -164,6 +164,18 @@ def test_fits_by_value(tmp_path):
         assert (np.load(tmp_path / fit / "images.npy")[0] == script.to_square(pixels, 30, fit)).all()
 
 
+@pytest.mark.parametrize("fit", ["squash", "pad", "crop"])
+@pytest.mark.parametrize("shape", [(300, 200, 3), (150, 301, 1), (70, 40, 3)])
+def test_images_are_scaled_as_pillow_does(shape, fit):
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    top, left, height, width = common.fit_box(*shape[:2], fit)
+    image = Image.fromarray(pixels[..., 0] if shape[2] == 1 else pixels).crop((left, top, left + width, top + height))
+    wanted = np.asarray(image.resize((64, 64), Image.Resampling.BILINEAR)).reshape(64, 64, -1)
+    square = script.to_square(pixels, 64, fit)
+    assert square.shape == wanted.shape and square.dtype == np.uint8
+    assert np.abs(square.astype(int) - wanted).max() <= 1
+
+
 def test_side_is_never_larger_than_the_images(tmp_path):
     for i in range(9):
         save(tmp_path / "source" / f"{i}.png", noise((20 if i == 0 else 40, 60)))
