@@ -10,7 +10,7 @@ if ! "$PYTHON" -c "$needed" 2>/dev/null; then
   "$PYTHON" -c "$needed" 2>/dev/null ||
     "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements.txt pytest scikit-learn h5py pydicom
 fi
-[ $# = 0 ] || exec "$PYTHON" -m pytest -q tests "$@"
+[ $# = 0 ] || exec "$PYTHON" -m pytest -q "$@"
 
 # everything: two halves side by side, a thread each, as these tiny models gain nothing from a second
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
