@@ -1,16 +1,17 @@
 """What each stage takes on this machine, beside what a user would write or install instead.
 
     python tests/bench.py
-    python tests/bench.py --quick --stage knn open --json bench.json
+    python tests/bench.py --quick --stage knn open
 
-Each side of a case lives in a process of its own, which gives its peak memory: with all imports, without a DataLoader's
-workers; on CUDA what PyTorch held there. After a pass to warm up the sides take turns; a figure is the median of the
-rounds, the ratio that of the medians. The data path is included. The plain sides are as a user would first write them:
-fp32, PyTorch's defaults, torchvision's ImageFolder and transforms in worker processes; or they are scikit-learn.
+The plain sides are as a user would first write them: fp32, torchvision's ImageFolder and transforms in worker processes; or
+they are scikit-learn. The data path is included. Each side lives in a process of its own, which gives its peak memory: with
+all imports, without a DataLoader's workers; on CUDA what PyTorch held there. After a pass to warm up the sides take turns in
+short passes. Speeds are medians over the rounds; "times" is the median of the ratios within a round, [its quartiles], as a
+machine that slows down for a while slows both; a row whose quartiles lie more than a quarter of it apart is unsettled. "Of
+products": the arithmetic of our pass, by PyTorch's counter, as a share of what products of 2048 x 2048 x 2048 then reach.
 """
 import argparse
 import copy
-import csv
 import multiprocessing
 import os
 import resource
@@ -22,6 +23,8 @@ from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common  # before PyTorch, whose threads it tells how to wait
 import numpy as np
 import timm
 import torch
@@ -30,16 +33,15 @@ import torchvision
 import torchvision.transforms.v2 as T
 from PIL import Image
 from sklearn.neighbors import NearestNeighbors
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import attn_distance  # noqa: E402
-import common  # noqa: E402
-import finetune  # noqa: E402
-import knn_eval  # noqa: E402
-import prepare  # noqa: E402
-import pretrain_dino  # noqa: E402
-import saliency  # noqa: E402
-import segment  # noqa: E402
+import attn_distance
+import finetune
+import knn_eval
+import prepare
+import pretrain_dino
+import segment
 
 SIDE = 224
 WORKERS = min(16, os.cpu_count() or 1)
@@ -49,7 +51,7 @@ CENTRE = T.Compose([T.Resize(256), T.CenterCrop(SIDE), *NORMALIZE])
 
 
 def write_photographs(folder, count):
-    """photographs/train/CLASS/*.jpg of 360x360, a mask as *_mask.png beside each; and all of them prepared."""
+    """photographs/train/CLASS/*.jpg of 360x360, masks as *_mask.png; them prepared; large/*.jpg, *.png of 2048x1536."""
     for i in range(count):
         path = folder / "photographs" / "train" / "abcd"[i % 4] / f"{i}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,6 +59,13 @@ def write_photographs(folder, count):
         Image.fromarray(pixels).save(path, quality=90)
         Image.fromarray(255 * mask.astype(np.uint8)).save(path.with_name(f"{i}_mask.png"))
     prepare.main([str(folder / "photographs"), "--output", str(folder / "prepared")])
+    (folder / "large").mkdir()
+    for i in range(8):
+        smooth = np.asarray(Image.fromarray(prepare.draw_lesion(i, 512)[0]).resize((2048, 1536)))
+        noise = np.random.default_rng(i).normal(0, 4, smooth.shape)  # of a sensor: smooth pictures decode too fast
+        pixels = (smooth + noise).clip(0, 255)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / "large" / f"{i}.jpg", quality=92)
+        Image.fromarray((pixels.mean(2) * 257).astype(np.uint16)).save(folder / "large" / f"{i}.png")
 
 
 def start_stage(stage, folder, device, count, *flags):
@@ -71,16 +80,16 @@ def start_stage(stage, folder, device, count, *flags):
 
 def image_and_mask(path):
     """What a segmentation's dataset reads."""
-    mask = np.array(Image.open(path.replace(".jpg", "_mask.png"))) // 255
-    return Image.open(path).convert("RGB"), torchvision.tv_tensors.Mask(mask)
+    mask = Image.open(path.replace(".jpg", "_mask.png"))
+    return Image.open(path).convert("RGB"), torchvision.tv_tensors.Mask(np.array(mask) // 255)
 
 
-def plain_loader(folder, transform, batch, count, workers=WORKERS, **options):
+def plain_loader(folder, transform, batch, count, **options):
     """`count` photographs in batches, decoded and transformed by worker processes."""
     files = torchvision.datasets.ImageFolder(
         folder / "photographs" / "train", transform, is_valid_file=lambda path: path.endswith(".jpg"), **options)
     sampler = torch.utils.data.RandomSampler(files, num_samples=count)
-    return torch.utils.data.DataLoader(files, batch, sampler=sampler, num_workers=workers)
+    return torch.utils.data.DataLoader(files, batch, sampler=sampler, num_workers=WORKERS)
 
 
 def plain_pass(function, loader, device):
@@ -241,45 +250,31 @@ def attention_plain(folder, device, arch, count, batch):  # an image at a time, 
     return partial(plain_pass, measure_heads, plain_loader(folder, CENTRE, 1, count), device)
 
 
-def saliency_ours(folder, device, arch, count, batch):
-    _, run, dataset = start_stage(knn_eval, folder, device, count)
-    model = common.to_device(common.create(arch, 4, SIDE), run).eval()
-    batches = common.shards(dataset.rows["train"], run, batch)
-
-    def one_pass():
-        for images in common.load_batches(dataset.images, batches, run.device):
-            view = common.eval_view(images, SIDE, dataset.mean, dataset.std)
-            saliency.grad_cam(model, view, None, "classes")[0].cpu()
-    return one_pass
-
-
-def saliency_plain(folder, device, arch, count, batch):  # an image at a time
-    model = timm.create_model(common.ARCHS[arch], num_classes=4).to(device).eval()
-
-    def explain(image):
-        features = model.forward_features(image)
-        score = model.forward_head(features).max()
-        gradient, = torch.autograd.grad(score, features)
-        (gradient.mean((2, 3), keepdim=True) * features).sum(1).relu().cpu()
-    return partial(plain_pass, explain, plain_loader(folder, CENTRE, 1, count), device)
-
-
 def loader_ours(folder, device, count, batch):
     _, run, dataset = start_stage(knn_eval, folder, device, count)
     batches = common.shards(dataset.rows["train"], run, batch)
     return lambda: sum(map(len, common.load_batches(dataset.images, batches, run.device)))
 
 
-def loader_plain(folder, device, count, batch, workers=WORKERS):
+def loader_plain(folder, device, count, batch):
     view = T.Compose([T.Resize((256, 256)), T.ToImage()])
-    return partial(plain_pass, torch.nn.Identity(), plain_loader(folder, view, batch, count, workers), device)
+    return partial(plain_pass, torch.nn.Identity(), plain_loader(folder, view, batch, count), device)
 
 
-def prepare_ours(folder, device, count, batch, workers):
+def prepare_ours(folder, device, count, batch, workers, kind):
     args = prepare.arguments([str(folder), "--output", str(folder), "--workers", str(workers)])
-    files = sorted(map(str, folder.glob("photographs/*/*/*.jpg")))
-    source = prepare.Source([prepare.Row(files[i % len(files)], str(i)) for i in range(count)])
-    return partial(prepare.write_arrays, folder, source, 256, args)
+    rows = [prepare.Row(str(folder / "large" / f"{i % 8}.{kind}"), str(i)) for i in range(count)]
+    return partial(prepare.write_arrays, folder, prepare.Source(rows), 256, args)
+
+
+def prepare_plain(folder, device, count, batch, workers, kind):
+    def decode(files):
+        images = map(torchvision.io.decode_image, files)
+        images = [image.float() / 257 if kind == "png" else image for image in images]  # resize takes no 16 bits
+        return torch.stack([T.functional.resize(image, [256, 256]) for image in images])
+    files = [str(folder / "large" / f"{i % 8}.{kind}") for i in range(count)]
+    loader = torch.utils.data.DataLoader(files, batch, num_workers=workers, collate_fn=decode)
+    return lambda: sum(map(len, loader))
 
 
 def open_ours(folder, device, count, rows):
@@ -295,11 +290,7 @@ def open_ours(folder, device, count, rows):
 
 
 def open_plain(folder, device, count, rows):
-    def one_pass():
-        with open(folder / "table" / "labels.csv") as file:
-            lines = list(csv.DictReader(file))
-        return torch.tensor([[float(line[f"label {i}"]) for i in range(14)] for line in lines])
-    return one_pass
+    return partial(np.loadtxt, folder / "table" / "labels.csv", delimiter=",", skiprows=1, usecols=range(5, 19))
 
 
 def list_cases(cuda, less):
@@ -309,91 +300,101 @@ def list_cases(cuda, less):
         return {"count": max(2, count * times[0] // less), "batch": max(2, batch * times[1] // less)}
 
     for arch in ("deit_tiny", "deit_small", "resnet50"):
-        yield "finetune", f"{arch} training", finetune_ours, finetune_plain, {"arch": arch, **sizes(32, 16)}
+        yield "finetune", f"{arch} training", finetune_ours, finetune_plain, {"arch": arch, **sizes(16, 16)}
     for arch in ("deit_small", "resnet50"):
         yield "features", f"{arch} features", features_ours, features_plain, {"arch": arch, **sizes(64, 32)}
-    options = {"train": 262144 // less, "count": 4096 // less}
+    options = {"train": 262144 // less, "count": 1024 // less}
     yield "knn", f"k-NN vote, {options['train']} x 384", knn_ours, knn_plain, options
     for arch, crops, outputs in (("deit_tiny", 8, 65536), ("deit_small", 8, 65536), ("deit_small", 6, 4096)):
-        options = {"arch": arch, "crops": crops, "outputs": outputs, **sizes(16, 16)}
+        options = {"arch": arch, "crops": crops, "outputs": outputs, **sizes(8, 8)}
         yield "dino", f"DINO {arch}, 2x224 + {crops}x96, {outputs} outputs", dino_ours, dino_plain, options
     for arch in ("resnet50", "deit_small"):
-        yield "segment", f"DeepLabv3-{arch} training", segment_ours, segment_plain, {"arch": arch, **sizes(8, 8)}
-    options = {"arch": "deit_small", **sizes(32, 16)}
-    yield "attention", "attention distance, deit_small", attention_ours, attention_plain, options
-    yield "saliency", "Grad-CAM, resnet50", saliency_ours, saliency_plain, {"arch": "resnet50", **sizes(32, 16)}
+        yield "segment", f"DeepLabv3-{arch} training", segment_ours, segment_plain, {"arch": arch, **sizes(4, 4)}
+    yield ("attention", "attention distance, deit_small", attention_ours, attention_plain,
+           {"arch": "deit_small", **sizes(32, 16)})
     yield "loader", "reading 360x360 at 256x256", loader_ours, loader_plain, {"count": 2048 // less, "batch": 64}
-    for workers in (1, 2):  # decoding; ours also hashes, and writes images.npy
-        options = {"count": 2048 // less, "batch": 8, "workers": workers}
-        yield "prepare", f"prepare.py, workers: {workers}", prepare_ours, loader_plain, options
+    for kind, workers in (("jpg", 1), ("jpg", 2), ("png", 1), ("png", 2)):  # ours also hashes, and writes images.npy
+        options = {"count": 64 // less, "batch": 8, "workers": workers, "kind": kind}
+        yield "prepare", f"prepare.py, 2048x1536 {kind}, workers: {workers}", prepare_ours, prepare_plain, options
     yield "open", "opening 224316 rows, 14 labels", open_ours, open_plain, {"count": 1, "rows": 224316}
 
 
 def enter(side, folder, device, options):
     """Set up a side in this process, which is its own, and warm it up."""
-    global one_pass
+    global one_pass, arithmetic
     sys.stdout = sys.stderr  # what a stage prints
     multiprocessing.set_start_method(None, force=True)  # a DataLoader's workers start as Python's default is
     one_pass = side(folder, device, **options)
-    one_pass()
+    counter = FlopCounterMode(display=False)
+    with counter:
+        one_pass()
+    arithmetic = counter.get_total_flops()
 
 
-def timed_pass(device):
-    """(seconds, peak memory so far in GB) of one pass of the side that this process is."""
+def timed_pass(device, dtype):
+    """(seconds, peak memory so far in GB, FLOP/s over those of a product in dtype) of one pass of this process's side."""
     begin = time.perf_counter()
     one_pass()
     if device == "cuda":
         torch.cuda.synchronize()
-        return time.perf_counter() - begin, torch.cuda.max_memory_allocated() / 1e9
-    unit = 1e9 if sys.platform == "darwin" else 1e6  # bytes there, else kB
-    return time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    seconds = time.perf_counter() - begin
+    matrix = torch.ones(2048, 2048, dtype=dtype, device=device)
+    product = Timer("matrix @ matrix", globals={"matrix": matrix}, num_threads=torch.get_num_threads()).blocked_autorange()
+    rate = 2 * 2048 ** 3 / product.median
+    if device == "cuda":
+        memory = torch.cuda.max_memory_allocated() / 1e9
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+    return seconds, memory, arithmetic / seconds / rate
 
 
-def measure(sides, options, folder, device, rounds):
-    """{"ours" and "plain": [(seconds, peak memory), ...]}, the passes of two sides that take turns."""
+def measure(sides, options, folder, device, dtype, rounds):
+    """(2, rounds, 3): timed_pass of our side and of the plain one, which take turns; either begins every other round."""
     context = multiprocessing.get_context("forkserver")  # which imports this file, and so PyTorch, once
-    pools = {name: ProcessPoolExecutor(1, context, enter, (side, folder, device, options))
-             for name, side in sides.items()}
-    passes = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, pool in pools.items():
-            passes[name].append(pool.submit(timed_pass, device).result())
-    for pool in pools.values():
+    pools = [ProcessPoolExecutor(1, context, enter, (side, folder, device, options)) for side in sides]
+    passes = np.zeros((2, rounds, 3))
+    for number in range(rounds):
+        for side in (0, 1) if number % 2 == 0 else (1, 0):
+            passes[side, number] = pools[side].submit(timed_pass, device, dtype).result()
+    for pool in pools:
         pool.shutdown()
     return passes
 
 
+def cells_of(stage, name, passes, count):
+    """The cells of a case's row."""
+    cells = [name, {"open": "s", "knn": "queries/s"}.get(stage, "images/s")]
+    for side in passes:
+        seconds = np.median(side[:, 0])
+        figure = seconds if stage == "open" else count / seconds
+        cells += [f"{figure:.0f}" if figure >= 100 else f"{figure:.3g}", f"{side[:, 1].max():.1f}"]
+    low, times, high = np.percentile(passes[1, :, 0] / passes[0, :, 0], [25, 50, 75])
+    unsettled = " unsettled" if high - low > times / 4 else ""
+    share = np.median(passes[0, :, 2])
+    return [*cells, f"{times:.1f} [{low:.1f}, {high:.1f}]{unsettled}", f"{100 * share:.0f} %" if share > 0.01 else ""]
+
+
 def main():
-    """Measure and print the table, a row a case; keep every pass as JSON where asked."""
+    """Measure and print the table, a row a case."""
     stages = list(dict.fromkeys(case[0] for case in list_cases(False, 1)))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", nargs="+", choices=stages, default=stages, help="these alone")
     parser.add_argument("--quick", dest="less", action="store_const", const=8, default=1, help="an eighth of the sizes")
-    parser.add_argument("--rounds", type=int, default=3, help="passes a side (default 3)")
-    parser.add_argument("--json", help="write every pass to this file")
+    parser.add_argument("--rounds", type=int, default=7, help="passes a side (default 7)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     run = common.start(argparse.Namespace(device=options.device, amp="auto"))
     machine = f"{common.device_name(run.device)}, precision {run.amp}, {common.versions()}"
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
         with redirect_stdout(sys.stderr):
             write_photographs(Path(folder), 128)
-        print(f"{machine}\n\n| | unit | ours | GB | plain | GB | times |\n|---|---|---|---|---|---|---|", flush=True)
-        cases = [case for case in list_cases(options.device == "cuda", options.less) if case[0] in options.stage]
-        for stage, name, ours, plain, sizes in cases:
-            passes = measure({"ours": ours, "plain": plain}, sizes, Path(folder), options.device, options.rounds)
-            rows.append({"case": name, "sizes": sizes, **passes})
-            cells = [name, {"open": "s", "knn": "queries/s"}.get(stage, "images/s")]
-            medians = []
-            for side in passes.values():
-                seconds, memory = np.array(side).T
-                medians.append(np.median(seconds))
-                figure = medians[-1] if stage == "open" else sizes["count"] / medians[-1]
-                cells += [f"{figure:.0f}" if figure >= 100 else f"{figure:.3g}", f"{memory.max():.1f}"]
-            print("| " + " | ".join([*cells, f"{medians[1] / medians[0]:.1f}"]) + " |", flush=True)
-    if options.json:
-        common.write_json(options.json, {"machine": machine, "rows": rows})
+        print(f"{machine}\n\n| | unit | ours | GB | plain | GB | times | of products |\n" + "|---" * 8 + "|", flush=True)
+        for stage, name, ours, plain, sizes in list_cases(options.device == "cuda", options.less):
+            if stage not in options.stage:
+                continue
+            dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(run.amp if stage != "knn" else "off")
+            passes = measure((ours, plain), sizes, Path(folder), options.device, dtype, options.rounds)
+            print("| " + " | ".join(cells_of(stage, name, passes, sizes["count"])) + " |", flush=True)
 
 
 if __name__ == "__main__":
