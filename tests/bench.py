@@ -61,8 +61,8 @@ def write_photographs(folder, count):
     prepare.main([str(folder / "photographs"), "--output", str(folder / "prepared")])
     (folder / "large").mkdir()
     for i in range(8):
-        smooth = np.asarray(Image.fromarray(prepare.draw_lesion(i, 512)[0]).resize((2048, 1536)))
-        noise = np.random.default_rng(i).normal(0, 4, smooth.shape)  # of a sensor: smooth pictures decode too fast
+        smooth = Image.fromarray(prepare.draw_lesion(i, 512)[0]).resize((2048, 1536))
+        noise = np.random.default_rng(i).normal(0, 4, (1536, 2048, 3))  # of a sensor: smooth pictures decode too fast
         pixels = (smooth + noise).clip(0, 255)
         Image.fromarray(pixels.astype(np.uint8)).save(folder / "large" / f"{i}.jpg", quality=92)
         Image.fromarray((pixels.mean(2) * 257).astype(np.uint16)).save(folder / "large" / f"{i}.png")
@@ -108,8 +108,7 @@ def plain_epoch(model, optimizer, loader, loss_of):
         optimizer.step()
 
 
-# A side sets up and returns a function that does one pass. Both sides of a stage take the folder with the data, the
-# device, and the options of a case, of which `count` is how much a pass does.
+# A side sets up and returns a function that does one pass: over `count` of the options of a case, which both sides take.
 
 def finetune_ours(folder, device, arch, count, batch):
     args, run, dataset = start_stage(finetune, folder, device, count, "--batch-size", batch)
@@ -305,7 +304,8 @@ def list_cases(cuda, less):
         yield "features", f"{arch} features", features_ours, features_plain, {"arch": arch, **sizes(64, 32)}
     options = {"train": 262144 // less, "count": 1024 // less}
     yield "knn", f"k-NN vote, {options['train']} x 384", knn_ours, knn_plain, options
-    for arch, crops, outputs in (("deit_tiny", 8, 65536), ("deit_small", 8, 65536), ("deit_small", 6, 4096)):
+    dino = [("deit_tiny", 8, 65536), ("deit_small", 8, 65536), *[("deit_small", 6, 4096)] * cuda]
+    for arch, crops, outputs in dino:
         options = {"arch": arch, "crops": crops, "outputs": outputs, **sizes(8, 8)}
         yield "dino", f"DINO {arch}, 2x224 + {crops}x96, {outputs} outputs", dino_ours, dino_plain, options
     for arch in ("resnet50", "deit_small"):
@@ -325,8 +325,7 @@ def enter(side, folder, device, options):
     sys.stdout = sys.stderr  # what a stage prints
     multiprocessing.set_start_method(None, force=True)  # a DataLoader's workers start as Python's default is
     one_pass = side(folder, device, **options)
-    counter = FlopCounterMode(display=False)
-    with counter:
+    with FlopCounterMode(display=False) as counter:
         one_pass()
     arithmetic = counter.get_total_flops()
 
@@ -384,15 +383,15 @@ def main():
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     run = common.start(argparse.Namespace(device=options.device, amp="auto"))
-    machine = f"{common.device_name(run.device)}, precision {run.amp}, {common.versions()}"
     with tempfile.TemporaryDirectory() as folder:
         with redirect_stdout(sys.stderr):
             write_photographs(Path(folder), 128)
-        print(f"{machine}\n\n| | unit | ours | GB | plain | GB | times | of products |\n" + "|---" * 8 + "|", flush=True)
+        print(f"{common.device_name(run.device)}, precision {run.amp}, {common.versions()}\n\n"
+              f"| | unit | ours | GB | plain | GB | times | of products |\n{'|---' * 8}|", flush=True)
         for stage, name, ours, plain, sizes in list_cases(options.device == "cuda", options.less):
             if stage not in options.stage:
                 continue
-            dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(run.amp if stage != "knn" else "off")
+            dtype = {"bf16": torch.bfloat16}.get(run.amp if stage != "knn" else "off")  # of --amp auto
             passes = measure((ours, plain), sizes, Path(folder), options.device, dtype, options.rounds)
             print("| " + " | ".join(cells_of(stage, name, passes, sizes["count"])) + " |", flush=True)
 
