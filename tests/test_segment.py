@@ -32,6 +32,13 @@ def draw_disc(rng, size, values=(0, 1)):
     return image.astype(np.uint8), np.where(disc, *values[::-1]).astype(np.uint8)
 
 
+def mask_square(mask, fit):
+    """A mask (H, W) at the nearest pixel of the square (SIDE, SIDE) that its image becomes."""
+    top, left, height, width = common.fit_box(*mask.shape, fit)
+    part = Image.fromarray(mask).crop((left, top, left + width, top + height))
+    return np.asarray(part.resize((SIDE, SIDE), Image.Resampling.NEAREST))
+
+
 def write_discs(folder, counts=(20, 5, 5), values=lambda i: (0, 1), change=None, fit="squash", **meta):
     """A prepared folder of discs, grey, five images a group; counts of train, val, test. change(masks (N, SIDE, SIDE))
     alters the masks."""
@@ -41,7 +48,7 @@ def write_discs(folder, counts=(20, 5, 5), values=lambda i: (0, 1), change=None,
         size = SIZES[i % 3]
         image, mask = draw_disc(rng, size, values(i))
         images.append(prepare_script.to_square(image[..., None], SIDE, fit))
-        masks.append(prepare_script.to_square(mask[..., None], SIDE, fit, Image.Resampling.NEAREST)[..., 0])
+        masks.append(mask_square(mask, fit))
         split = np.repeat(["train", "val", "test"], counts)[i]
         rows.append({"image": f"deep/{i:02d}.png", "split": split, "group": f"p{i // 5}", "height": size[0],
                      "width": size[1]})
@@ -228,7 +235,7 @@ def test_predict_at_the_images_own_sizes(fit, run_of_discs, tmp_path):
         assert float(row["fraction_lesion"]) == pytest.approx((mask > 0).mean(), abs=1e-6)
         # the square that the model has seen, put back into the image
         pixels = prepare_script.read_image(tmp_path / "new" / row["image"], SIDE)[0]
-        square = torch.from_numpy(prepare_script.to_square(pixels, SIDE, fit).copy())[None]
+        square = torch.from_numpy(prepare_script.to_square(pixels, SIDE, fit))[None]
         with torch.inference_mode():
             logits = model(common.eval_view(square, 64, meta["mean"], meta["std"], whole=True))
         wanted = np.zeros(size, bool)
