@@ -336,10 +336,11 @@ def test_collapse_is_named_and_a_healthy_run_is_not_accused(tmp_path):
     assert "collapsed" not in healthy.stdout
 
 
-@pytest.mark.parametrize("arch,accumulate", [("test_vit", 1), ("test_vit", 2), ("test_resnet", 1)])
-def test_two_processes_equal_one(folder_data, tmp_path, arch, accumulate):
-    """At a low rate: a CNN's own, 4e-3, makes large what differs in the last digit, on some machines 0.2 % of the gradients."""
-    args = [*DATA, *FAST, "--arch", arch, "--drop-path", "0", "--accumulate", str(accumulate), "--lr", "1e-3", *TINY]
+@pytest.mark.parametrize("arch,flags", [("test_vit", []), ("test_vit", ["--accumulate", "2"]), ("test_resnet", ["--batch-size", "12"])])
+def test_two_processes_equal_one(folder_data, tmp_path, arch, flags):
+    """At a low rate, and the CNN with more than 4 images a batch: its own rate, 4e-3, and batch norm over a few values make
+    large what differs in the last digit, up to 0.4 % of the gradients."""
+    args = [*DATA, *FAST, "--arch", arch, "--drop-path", "0", "--lr", "3e-4", *flags, *TINY]
     stage("pretrain_dino.py", *args, "--output", "one", cwd=tmp_path)
     stage("pretrain_dino.py", *args, "--output", "two", cwd=tmp_path, processes=2)
     logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
