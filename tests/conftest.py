@@ -132,6 +132,13 @@ def write_prepared(folder, images, rows, masks=None, **meta):
     return folder
 
 
+def square_by_pillow(pixels, box, side, resample):
+    """The box of common.fit_box out of (H, W) or (H, W, 3) uint8, at (side, side)."""
+    top, left, height, width = box
+    part = Image.fromarray(pixels).crop((left, top, left + width, top + height))
+    return np.asarray(part.resize((side, side), resample))
+
+
 def prepare(source, output, *args, cwd, **how):
     """Run prepare.py; returns the finished process."""
     return stage("prepare.py", source, "--output", output, "--workers", "0", *args, cwd=cwd, **how)

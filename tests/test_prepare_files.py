@@ -11,7 +11,7 @@ from pydicom.uid import ExplicitVRLittleEndian
 
 import common
 import prepare as script
-from conftest import TINY, prepare, refused, stage, table
+from conftest import TINY, prepare, refused, square_by_pillow, stage, table
 
 RNG = np.random.default_rng(0)
 
@@ -168,9 +168,8 @@ def test_fits_by_value(tmp_path):
 @pytest.mark.parametrize("shape", [(300, 200, 3), (150, 301, 1), (70, 40, 3)])
 def test_images_are_scaled_as_pillow_does(shape, fit):
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    top, left, height, width = common.fit_box(*shape[:2], fit)
-    image = Image.fromarray(pixels[..., 0] if shape[2] == 1 else pixels).crop((left, top, left + width, top + height))
-    wanted = np.asarray(image.resize((64, 64), Image.Resampling.BILINEAR)).reshape(64, 64, -1)
+    picture = pixels[..., 0] if shape[2] == 1 else pixels
+    wanted = square_by_pillow(picture, common.fit_box(*shape[:2], fit), 64, Image.Resampling.BILINEAR).reshape(64, 64, -1)
     square = script.to_square(pixels, 64, fit)
     assert square.shape == wanted.shape and square.dtype == np.uint8
     assert np.abs(square.astype(int) - wanted).max() <= 1

@@ -17,7 +17,7 @@ from PIL import Image, ImageColor, ImageDraw
 import common
 import prepare as prepare_script
 import segment
-from conftest import ROOT, TINY, metrics, prepare, refused, stage, table, write_prepared
+from conftest import ROOT, TINY, metrics, prepare, refused, square_by_pillow, stage, table, write_prepared
 
 FAST = ["--data", "data", "--arch", "test_vit", "--epochs", "2", "--batch-size", "4", "--lr", "3e-3", *TINY]
 SIZES = ((40, 48), (60, 40), (44, 44))  # of the sources, whose squares have SIDE pixels
@@ -32,13 +32,6 @@ def draw_disc(rng, size, values=(0, 1)):
     return image.astype(np.uint8), np.where(disc, *values[::-1]).astype(np.uint8)
 
 
-def mask_square(mask, fit):
-    """A mask (H, W) at the nearest pixel of the square (SIDE, SIDE) that its image becomes."""
-    top, left, height, width = common.fit_box(*mask.shape, fit)
-    part = Image.fromarray(mask).crop((left, top, left + width, top + height))
-    return np.asarray(part.resize((SIDE, SIDE), Image.Resampling.NEAREST))
-
-
 def write_discs(folder, counts=(20, 5, 5), values=lambda i: (0, 1), change=None, fit="squash", **meta):
     """A prepared folder of discs, grey, five images a group; counts of train, val, test. change(masks (N, SIDE, SIDE))
     alters the masks."""
@@ -48,7 +41,7 @@ def write_discs(folder, counts=(20, 5, 5), values=lambda i: (0, 1), change=None,
         size = SIZES[i % 3]
         image, mask = draw_disc(rng, size, values(i))
         images.append(prepare_script.to_square(image[..., None], SIDE, fit))
-        masks.append(mask_square(mask, fit))
+        masks.append(square_by_pillow(mask, common.fit_box(*size, fit), SIDE, Image.Resampling.NEAREST))
         split = np.repeat(["train", "val", "test"], counts)[i]
         rows.append({"image": f"deep/{i:02d}.png", "split": split, "group": f"p{i // 5}", "height": size[0],
                      "width": size[1]})
