@@ -125,12 +125,13 @@ elif [ ! -f "$DATA/images.npy" ] && [ "$DATA" = data/demo ]; then
 fi
 [ "$DRY_RUN" = 1 ] || [ -f "$DATA/images.npy" ] ||
   refuse "DATA=$DATA is no prepared folder; make it: python prepare.py SOURCE --output $DATA"
-case $FOLDS:$(head -n 1 "$DATA/labels.csv" 2>/dev/null) in
+columns=$(head -n 1 "$DATA/labels.csv" 2>/dev/null | tr -d '\r')
+case $FOLDS:$columns in
   :* | *:*,fold,* | *:*,fold) ;;
   *) [ "$DRY_RUN" = 1 ] || refuse "FOLDS=\"$FOLDS\": $DATA has no folds; prepare it with --folds 5" ;;
 esac
 classify=1 segment=0
-case $(head -n 1 "$DATA/labels.csv" 2>/dev/null | tr -d '\r') in *,width | *,split | *,fold) classify=0 ;; esac
+case $columns in *,width | *,split | *,fold) classify=0 ;; esac
 { [ -f "$DATA/masks.npy" ] || [ "$DATA" = data/demo ]; } && segment=1
 setting CLASSIFY $classify $classify
 setting SEGMENT $segment $segment
