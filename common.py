@@ -956,20 +956,23 @@ def to_device(model, run):
 def avoid_small_maps(model, sizes, run, args):
     """Turn bf16 off, said, where training a model on images of some sizes would go wrong on a CPU: in bf16, oneDNN's
     convolutions leave the gradient of weights that meet nothing but padding uninitialised (seen with torch 2.14)."""
+    if run.amp != "bf16" or run.device.type != "cpu":
+        return
     small = set()
 
     def look(conv, inputs):
         kernel, side = conv.kernel_size[0], min(inputs[0].shape[2:])
         if kernel > 1 and side < max(kernel // 2, conv.stride[0]):
             small.add(f"{kernel}x{kernel} on {side}x{side}")
-    if run.amp == "bf16" and run.device.type == "cpu":
-        hooks = [m.register_forward_pre_hook(look) for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
-        training = model.training
-        for size in sizes:
-            model.eval()(torch.zeros(1, 3, size, size))
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
+
+    hooks = [m.register_forward_pre_hook(look) for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    training = model.training
+    model.eval()
+    for size in sizes:
+        model(torch.zeros(1, 3, size, size))
+    model.train(training)
+    for hook in hooks:
+        hook.remove()
     if small:
         run.amp = args.amp = "off"
         say(f"note: --amp off: PyTorch's bf16 convolutions on CPUs go wrong on maps this small ({some(sorted(small))})")

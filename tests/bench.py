@@ -391,7 +391,7 @@ def main():
         for stage, name, ours, plain, sizes in list_cases(options.device == "cuda", options.less):
             if stage not in options.stage:
                 continue
-            dtype = {"bf16": torch.bfloat16}.get(run.amp if stage != "knn" else "off")  # of --amp auto
+            dtype = torch.bfloat16 if run.amp == "bf16" and stage != "knn" else torch.float32
             passes = measure((ours, plain), sizes, Path(folder), options.device, dtype, options.rounds)
             print("| " + " | ".join(cells_of(stage, name, passes, sizes["count"])) + " |", flush=True)
 
