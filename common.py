@@ -38,6 +38,7 @@ if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys(
     os.environ["KMP_BLOCKTIME"] = "1"  # LLVM's and Intel's, of PyTorch elsewhere; milliseconds
 
 import timm
+import timm.optim
 import torch
 import torch.distributed as dist
 import torchvision
@@ -1292,17 +1293,20 @@ def optimizer_step(loss, optimizer, scaler, clip_grad):
     scaler.update()
 
 
-def parameter_groups(model, weight_decay=0.0):
-    """What asks for gradients: weights with decay, then biases and norms without."""
+def parameter_groups(model, weight_decay=0.0, layer_decay=1.0):
+    """What asks for gradients: weights with decay, then biases and norms without; with a layer_decay below 1 such groups
+    for each layer, whose "lr_scale" is that to the power of the layers above it (Clark et al. 2020; Bao et al. 2022)."""
+    if layer_decay < 1:
+        return timm.optim.param_groups_layer_decay(model, weight_decay, layer_decay=layer_decay)
     wanted = [p for p in model.parameters() if p.requires_grad]
     return [{"params": [p for p in wanted if p.ndim > 1], "weight_decay": weight_decay},
             {"params": [p for p in wanted if p.ndim <= 1], "weight_decay": 0.0}]
 
 
-def start_training(model, args, run, folder):
+def start_training(model, args, run, folder, layer_decay=1.0):
     """(optimizer, scaler, parts of a checkpoint, log) for fine-tuning a model: Adam on what asks for gradients, without
     weight decay on biases and norms, resumed where the run stopped."""
-    optimizer = torch.optim.Adam(parameter_groups(model, args.weight_decay), lr=args.lr,
+    optimizer = torch.optim.Adam(parameter_groups(model, args.weight_decay, layer_decay), lr=args.lr,
                                  fused=run.device.type in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp == "fp16")
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}

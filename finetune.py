@@ -29,9 +29,13 @@ def arguments():
                        help="after warm-up; plateau: lr / 10 when validation has not improved for 3 epochs")
     train.add_argument("--class-weights", default="none", choices=["none", "balanced"],
                        help="balanced: every class (or 0 and 1 of every label) weighs alike in the loss (paper: none)")
+    train.add_argument("--layer-decay", type=float, default=1.0, metavar="F",
+                       help="each layer learns at F times the rate of the next (default, paper: 1; often 0.65 to 0.75)")
     groups["model"].add_argument("--freeze", action="store_true",
                                  help="linear probe: the classifier alone, to convergence; no epochs, rates, augmentation")
     args = common.parse(parser, "finetune")
+    if not 0 < args.layer_decay <= 1:
+        fail(f"--layer-decay {args.layer_decay}: expected above 0, up to 1")
     for action in train._group_actions if args.freeze else []:
         if action.dest != "class_weights":  # which plays no part in a probe
             setattr(args, action.dest, None)
@@ -118,7 +122,7 @@ def train_epoch(model, optimizer, scaler, dataset, args, run, epoch, rates, weig
     bar = tqdm(loader, f"epoch {epoch + 1}/{args.epochs}", len(order), leave=False, disable=run.rank > 0)
     for step, images in enumerate(bar):
         for group in optimizer.param_groups:
-            group["lr"] = float(rates[step])
+            group["lr"] = float(rates[step]) * group.get("lr_scale", 1)
         draws = Draws((args.seed, epoch, step), args.batch_size, mine, run.device)
         view = train_view(images, draws, args, dataset.mean, dataset.std)
         with run.autocast():
@@ -149,7 +153,7 @@ def classifier_facts(dataset):
 
 def fit(model, dataset, args, run, folder, pretrained_on):
     """Train from the last checkpoint to the last epoch; model.pt is the best epoch. Returns the log."""
-    optimizer, scaler, parts, log = common.start_training(model, args, run, folder)
+    optimizer, scaler, parts, log = common.start_training(model, args, run, folder, args.layer_decay)
     wrapped = common.distribute(model, run, args.compile)
     weights = class_weights(dataset, args.class_weights, run.device)
     per_epoch = len(dataset.rows["train"]) // args.batch_size
@@ -158,7 +162,7 @@ def fit(model, dataset, args, run, folder, pretrained_on):
         rates = learning_rates(args, args.epochs * per_epoch, log)[epoch * per_epoch:]
         loss, speed = train_epoch(wrapped, optimizer, scaler, dataset, args, run, epoch, rates, weights)
         values = validate(model, dataset, args, run, weights)
-        entry = {"epoch": epoch + 1, "loss": loss, "val": values, "lr": optimizer.param_groups[0]["lr"],
+        entry = {"epoch": epoch + 1, "loss": loss, "val": values, "lr": float(rates[per_epoch - 1]),
                  "images_per_second": speed, "seconds": time.time() - begin}
         common.end_epoch(entry, log, parts, model.state_dict(), dataset, args, run, pretrained_on=pretrained_on,
                          **classifier_facts(dataset))
