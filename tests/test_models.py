@@ -1,5 +1,6 @@
 """The model builder: every source of --init, strict loading, frozen features."""
 import argparse
+import re
 
 import pytest
 import timm
@@ -106,6 +107,24 @@ def test_biases_and_norms_do_not_decay(tmp_path):
     assert log == [] and sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
     for name, parameter in model.named_parameters():
         assert (id(parameter) in decayed) == (parameter.ndim > 1), name
+
+
+def test_rates_fall_from_the_classifier_to_the_stem():
+    """--layer-decay: the classifier at the rate itself, each block (the last with the norm) at 0.5 times that of the next."""
+    model = common.create("test_vit", 3, 32)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = common.parameter_groups(model, 0.1, 0.5)
+    scales = {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
+    assert scales.keys() == set(names.values())
+    depth = len(model.blocks)
+    for name, scale in scales.items():
+        block = re.match(r"blocks\.(\d+)\.", name)
+        above = {"head": 0, "norm": 1}.get(name.split(".")[0], depth + 1)
+        if block:
+            above = depth - int(block[1])
+        assert scale == 0.5 ** above, name
+    for group in groups:
+        assert {p.ndim > 1 for p in group["params"]} == {group["weight_decay"] == 0.1}
 
 
 def test_features_are_cls_mean_or_pooled():

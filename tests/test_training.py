@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, recall_score, roc_auc_score
 
+import common
 import finetune
 import segment
 from conftest import TINY, metrics, prepare, refused, stage, table, write_prepared
@@ -95,6 +96,21 @@ def test_class_weights_of_a_run_with_one_and_two_processes(three_classes, tmp_pa
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
     stage("finetune.py", *args[:-2], "--output", "plain", cwd=tmp_path)
     assert log_of(tmp_path / "plain")[0]["loss"] != pytest.approx(log_of(tmp_path / "one")[0]["loss"], rel=1e-3)
+
+
+def test_layer_decay_keeps_the_stem(three_classes, tmp_path):
+    """At a tiny decay the layers below the classifier stay what they were; the rate that is logged is the classifier's."""
+    weights = {}
+    for decay in ("1", "1e-6"):
+        stage("finetune.py", "--data", "data", *SHORT, "--layer-decay", decay, "--output", decay, cwd=tmp_path)
+        weights[decay] = torch.load(tmp_path / decay / "model.pt", weights_only=True)["state_dict"]
+    start = common.build_model("test_vit", "random", 32, 3, 0)[0].state_dict()
+    for name, start_of in start.items():
+        moved = {decay: (trained[name] - start_of).abs().max().item() for decay, trained in weights.items()}
+        assert moved["1"] > 1e-4, name
+        assert (moved["1e-6"] > 1e-4) == name.startswith("head"), name
+    assert log_of(tmp_path / "1")[-1]["lr"] == log_of(tmp_path / "1e-6")[-1]["lr"]
+    refused(stage("finetune.py", "--data", "data", *SHORT, "--layer-decay", "0", cwd=tmp_path, check=False), "--layer-decay 0")
 
 
 # ---------------------------------------------------------------- patience, training on ---------------------
