@@ -247,10 +247,12 @@ def loss_function(logits, targets, kind, ignore=None):
 
 # ---------------------------------------------------------------- metrics -----------------------------------
 
-def outline(mask):
-    """The pixels of a mask (H, W) bool that touch, by a side, another value or the image's edge."""
+def outline(mask, unit):
+    """The pixels of a mask (H, W) bool that touch, by a side, another value or the image's edge: their places (N, 2) float32
+    as (y, x) times the unit (y, x)."""
     wide = F.pad(mask, (1, 1, 1, 1))
-    return mask & ~(wide[:-2, 1:-1] & wide[2:, 1:-1] & wide[1:-1, :-2] & wide[1:-1, 2:])
+    inner = wide[:-2, 1:-1] & wide[2:, 1:-1] & wide[1:-1, :-2] & wide[1:-1, 2:]
+    return (mask & ~inner).nonzero() * torch.tensor(unit, dtype=torch.float32, device=mask.device)
 
 
 def nearest(points, others):
@@ -262,9 +264,8 @@ def nearest(points, others):
 def hausdorff95(a, b, scale=(1.0, 1.0)):
     """The larger of the two directed 95th percentiles of the distances between the outlines of two masks (H, W) bool,
     in pixels times scale (y, x); NaN where a mask is empty."""
-    scale = torch.tensor(scale, dtype=torch.float32, device=a.device)
-    a = outline(a).nonzero() * scale
-    b = outline(b).nonzero() * scale
+    a = outline(a, scale)
+    b = outline(b, scale)
     if not len(a) or not len(b):
         return math.nan
     return max(torch.quantile(nearest(a, b), 0.95).item(), torch.quantile(nearest(b, a), 0.95).item())
@@ -736,17 +737,15 @@ def region_scores(truth, predicted, unit=(1.0, 1.0)):
     predicted pixel outside the truth is held against the region nearest to it, so that an image of one region has its
     ordinary IoU. truth, predicted (H, W) bool; unit: height and width of a pixel, in which distances are measured."""
     regions = components(truth)
-    unit = torch.tensor(unit)
-    parts, edges = [], []
-    for k in range(int(regions.max())):
-        parts.append(regions == k + 1)
-        edges.append(outline(parts[k]).nonzero() * unit)
-    false = (predicted & ~truth).nonzero() * unit
-    owner = torch.stack([nearest(false, edge) for edge in edges]).argmin(0) if len(false) else torch.zeros(0)
+    edges = [outline(regions == k, unit) for k in range(1, int(regions.max()) + 1)]
+    false = predicted & ~truth
+    places = false.nonzero() * torch.tensor(unit)
+    unions = regions.clone()
+    unions[false] = torch.stack([nearest(places, edge) for edge in edges]).argmin(0) + 1
     scores = []
-    for k, (part, edge) in enumerate(zip(parts, edges)):
-        union = part.sum() + (owner == k).sum()
-        scores.append((nearest(edge, edges[0]).min().item(), ((predicted & part).sum() / union).item()))
+    for k, edge in enumerate(edges, 1):
+        iou = (predicted & (regions == k)).sum() / (unions == k).sum()
+        scores.append((nearest(edge, edges[0]).min().item(), iou.item()))
     return scores
 
 
@@ -781,33 +780,36 @@ def open_compared(folders):
 
 
 def regions_by_distance(dataset, rows, truths, predictions):
-    """{bin of BINS: [(IoU of A, IoU of B) of a region of the truth]}."""
+    """{bin of BINS: {"count": regions of the truth, "iou": [mean of A, mean of B], or None}}."""
     pairs = {name: [] for name in BINS}
     for i, row in enumerate(rows):
         if not truths[i].any():
             continue
-        size = dataset.sizes[row]
-        unit = pixel_size(size, dataset.fit, dataset.side)
-        scores = [region_scores(truths[i], masks[i], unit) for masks in predictions]
-        for k, ((distance, a), (_, b)) in enumerate(zip(*scores)):
-            share = distance / math.hypot(*size)
-            name = next(name for name, end in BINS.items() if k == 0 or 0 < share <= end)
+        unit = pixel_size(dataset.sizes[row], dataset.fit, dataset.side)
+        first, second = (region_scores(truths[i], masks[i], unit) for masks in predictions)
+        for (distance, a), (_, b) in zip(first, second):
+            share = distance / math.hypot(*dataset.sizes[row])
+            name = next(name for name, end in BINS.items() if share <= end)
             pairs[name].append((a, b))
-    return pairs
+    regions = {}
+    for name, found in pairs.items():
+        regions[name] = {"count": len(found), "iou": np.mean(found, 0).tolist() if found else [None, None]}
+    return regions
 
 
-def draw_regions(path, pairs, names):
+def draw_regions(path, regions, names):
     """Mean IoU of both models by the distance of a region from its image's largest."""
     figure, axes = common.new_figure(path, 4.5, 2.8)
     if figure is None:
         return
+    axis = axes[0, 0]
     for k, name in enumerate(names):
-        heights = [np.mean([pair[k] for pair in found]) if found else 0 for found in pairs.values()]
-        axes[0, 0].bar(np.arange(len(pairs)) + 0.4 * k - 0.2, heights, 0.37, label=name)
-    axes[0, 0].set_xticks(range(len(pairs)), [f"{name}\n({len(found)})" for name, found in pairs.items()])
-    axes[0, 0].set(ylim=(0, 1), ylabel="mean IoU", xlabel="distance from the image's largest region, share of its "
-                   "diagonal\n(number of regions)")
-    axes[0, 0].legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
+        heights = [part["iou"][k] or 0 for part in regions.values()]
+        axis.bar(np.arange(len(regions)) + 0.4 * k - 0.2, heights, 0.37, label=name)
+    axis.set_xticks(range(len(regions)), [f"{name}\n({part['count']})" for name, part in regions.items()])
+    axis.set(ylim=(0, 1), ylabel="mean IoU",
+             xlabel="distance from the image's largest region, share of its diagonal\n(number of regions)")
+    axis.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
     common.save_figure(figure, path)
 
 
@@ -827,14 +829,15 @@ def compare(args, run):
     predictions, iou = [], []
     for folder in folders:
         masks = torch.from_numpy(read_masks(folder / "test_masks", rows, len(dataset.mask_classes)) > 0) & known
-        counts = torch.stack([(truths & masks).sum((1, 2)), truths.sum((1, 2)), masks.sum((1, 2))], 1)
+        both = (truths & masks).sum((1, 2)).double()
         predictions.append(masks)
-        iou.append(overlap(counts.double().numpy())[0])
-    iou = np.array(iou)
-
-    order = [i for i in np.argsort(iou[0] - iou[1], kind="stable") if np.isfinite(iou[:, i]).all()]
-    if not order:
+        iou.append((both / (truths | masks).sum((1, 2))).numpy())
+    iou = np.array(iou)  # (2, n), NaN where there is neither a truth nor a prediction
+    difference = iou[0] - iou[1]
+    order = np.argsort(difference, kind="stable")[:np.isfinite(difference).sum()]  # NaN comes last
+    if not len(order):
         fail("--compare: no test image has a mask")
+
     middle = len(order) // 2
     pictures, outlines, captions = [], [], []
     for i in dict.fromkeys([*order[:2], *order[max(0, middle - 1):middle + 1], *order[-2:]]):
@@ -846,20 +849,20 @@ def compare(args, run):
         pictures.append([picture] * 4)
         outlines.append([[], [truth, a], [truth, b], [truth, a, b]])
         captions.append([Path(dataset.paths[rows[i]]).name, (f"{names[0]}  IoU {iou[0, i]:.3f}", BLUE),
-                         (f"{names[1]}  IoU {iou[1, i]:.3f}", RED), f"difference {iou[0, i] - iou[1, i]:+.3f}"])
+                         (f"{names[1]}  IoU {iou[1, i]:.3f}", RED), f"difference {difference[i]:+.3f}"])
     output.parent.mkdir(parents=True, exist_ok=True)
-    common.draw_grid(output, pictures, captions, outlines=outlines, inches=1.6, title=(
-        f"{dataset.name}, test: truth yellow, {names[0]} blue, {names[1]} red; sorted by the difference"))
+    title = f"{dataset.name}, test: truth yellow, {names[0]} blue, {names[1]} red; sorted by the difference"
+    common.draw_grid(output, pictures, captions, outlines=outlines, inches=1.6, title=title)
 
-    pairs = regions_by_distance(dataset, rows, truths, predictions)
-    draw_regions(output.with_suffix(".regions.png"), pairs, names)
+    regions = regions_by_distance(dataset, rows, truths, predictions)
+    draw_regions(output.with_suffix(".regions.png"), regions, names)
     mean_iou = iou[:, order].mean(1).tolist()  # over the images on which both are defined
-    means = {name: np.mean(found, 0).tolist() if found else [None, None] for name, found in pairs.items()}
-    common.write_json(output.with_suffix(".json"), {
-        "runs": args.compare, "names": names, "iou": mean_iou,
-        "regions": {name: {"count": len(pairs[name]), "iou": means[name]} for name in BINS}})
-    lines = [[name, len(pairs[name]), *map(common.show, means[name])] for name in BINS]
-    common.print_table(["mean IoU", "regions", *names], [["images", len(order), *map(common.show, mean_iou)], *lines])
+    content = {"runs": args.compare, "names": names, "iou": mean_iou, "regions": regions}
+    common.write_json(output.with_suffix(".json"), content)
+    lines = [["images", len(order), *map(common.show, mean_iou)]]
+    for name, part in regions.items():
+        lines.append([name, part["count"], *map(common.show, part["iou"])])
+    common.print_table(["mean IoU", "regions", *names], lines)
     say(f"written: {output}, {output.with_suffix('.regions.png')}, {output.with_suffix('.json')}")
 
 
