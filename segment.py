@@ -749,33 +749,30 @@ def region_scores(truth, predicted, unit=(1.0, 1.0)):
     return scores
 
 
-def read_run(folder):
-    """The args.json of a finished run of this stage."""
-    for name in ("args.json", "test_masks", "metrics.json"):
-        if not (folder / name).exists():
-            fail(f"--compare {folder}: not a finished run of segment.py, it has no {name}")
-    stored = json.loads((folder / "args.json").read_text())
-    if stored["stage"] != "segment":
-        fail(f"--compare {folder}: a run of {stored['stage']}.py, not of segment.py")
-    return stored
-
-
 def open_compared(folders):
-    """(dataset, names of the two models) of two runs, which must be on the same data, as they still are."""
-    first, second = (read_run(folder) for folder in folders)
-    if first["data"]["fingerprint"] != second["data"]["fingerprint"]:
-        fail(f"--compare: the runs are on different data, {first['data']['folder']} and {second['data']['folder']}: their "
-             "images, labels, splits or classes differ")
-    dataset = common.open_dataset(first["data"]["folder"])
-    folds = [run["arguments"].get("fold") for run in (first, second)]
+    """(dataset, names of the two models) of two finished runs of this stage, on the same data, which must be as it was."""
+    runs = []
+    for folder in folders:
+        for name in ("args.json", "test_masks", "metrics.json"):
+            if not (folder / name).exists():
+                fail(f"--compare {folder}: not a finished run of segment.py, it has no {name}")
+        runs.append(json.loads((folder / "args.json").read_text()))
+        if runs[-1]["stage"] != "segment":
+            fail(f"--compare {folder}: a run of {runs[-1]['stage']}.py, not of segment.py")
+    first, second = (run["data"] for run in runs)
+    if first["fingerprint"] != second["fingerprint"]:
+        fail(f"--compare: the runs are on different data, {first['folder']} and {second['folder']}: their images, labels, "
+             "splits or classes differ")
+    folds = [run["arguments"].get("fold") for run in runs]
     if folds[0] != folds[1]:
         fail(f"--compare: the runs are tested on different folds, {folds[0]} and {folds[1]}")
+    dataset = common.open_dataset(first["folder"])
     if folds[0] is not None:
         common.choose_fold(dataset, folds[0])
-    if dataset.fingerprint != first["data"]["fingerprint"]:
+    if dataset.fingerprint != first["fingerprint"]:
         fail(f"--compare: {dataset.folder} is not as it was for these runs: its images, labels, splits or classes have "
              "changed")
-    names = [first["arguments"]["arch"], second["arguments"]["arch"]]
+    names = [run["arguments"]["arch"] for run in runs]
     return dataset, names if names[0] != names[1] else [folder.name for folder in folders]
 
 
