@@ -492,39 +492,39 @@ def fit(model, dataset, args, run, folder, pretrained_on):
 def write_predictions(path, dataset, table):
     """predictions.csv of the test split, a row an image, with the columns that are named at the top of this file. table
     (n, C, 4) as for class_scores."""
-    rows = dataset.rows["test"]
     head = ["image", "group"]
-    units, lines = [], []
     for name in dataset.mask_classes[1:]:
         head += [f"{what}_{name}" for what in ("iou", "dice", "hd95", "pixels", "predicted")]
-    for row in rows:
-        units.append(math.prod(pixel_size(dataset.sizes[row], dataset.fit, dataset.side)))
-    areas = table[:, 1:, 1:3] * np.array(units)[:, None, None]
-    iou, dice = overlap(table[:, 1:])
-    columns = np.stack([iou, dice, table[:, 1:, 3], areas[..., 0], areas[..., 1]], 2).reshape(len(rows), -1)
-    for row, values in zip(rows, columns):
-        group = dataset.groups[row] if dataset.groups else ""
-        lines.append([dataset.paths[row], group, *("" if math.isnan(v) else f"{v:.8g}" for v in values)])
+    iou, dice = overlap(table)
+    lines = []
+    for i, row in enumerate(dataset.rows["test"]):
+        area = math.prod(pixel_size(dataset.sizes[row], dataset.fit, dataset.side))
+        line = [dataset.paths[row], dataset.groups[row] if dataset.groups else ""]
+        for c in range(1, len(dataset.mask_classes)):
+            _, truth, predicted, hd95 = table[i, c]
+            values = [iou[i, c], dice[i, c], hd95, truth * area, predicted * area]
+            line += ["" if math.isnan(value) else f"{value:.8g}" for value in values]
+        lines.append(line)
     common.write_table(path, head, lines)
 
 
 def draw_examples(path, dataset, rows, predicted, iou):
     """The test images of the best, the median and the worst IoU (n,): truth yellow, prediction red."""
-    order = [i for i in np.argsort(-iou) if not math.isnan(iou[i])]
-    if not order:
+    order = np.argsort(-iou)[:np.isfinite(iou).sum()]  # NaN comes last
+    if not len(order):
         return
     pictures, outlines, captions = [], [], []
     for name, i in (("best", order[0]), ("median", order[len(order) // 2]), ("worst", order[-1])):
         row = rows[i]
-        mask = torch.from_numpy(dataset.masks[row])
-        truth = ((mask > 0) & known_pixels(mask, dataset.ignore)).numpy()
-        pictures.append(common.in_proportion(dataset.images[row], dataset.sizes[row], dataset.fit, 320))
         size = dataset.sizes[row]
+        mask = torch.tensor(dataset.masks[row])
+        truth = ((mask > 0) & known_pixels(mask, dataset.ignore)).numpy()
+        pictures.append(common.in_proportion(dataset.images[row], size, dataset.fit, 320))
         outlines.append([common.outline_of(truth, size, dataset.fit, YELLOW),
                          common.outline_of(predicted[i] > 0, size, dataset.fit, RED)])
         captions.append(f"{name}: {Path(dataset.paths[row]).name[-24:]}\nIoU {iou[i]:.3f}")
     title = f"{dataset.name}, test: truth yellow, prediction red"
-    common.draw_grid(path, [pictures], [captions], None, title, [outlines], 2)
+    common.draw_grid(path, [pictures], [captions], title=title, outlines=[outlines], inches=2)
 
 
 def test(model, dataset, args, run, folder, columns=slice(None)):
