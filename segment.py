@@ -144,18 +144,14 @@ class ReachConv(torch.nn.Module):
         return total.permute(0, 3, 1, 2)
 
 
-def feature_map(backbone, images):
-    """The last feature map of any timm model (B, C, h, w): a ViT's patch tokens in their places."""
-    return common.as_map(backbone, backbone.forward_features(images))
-
-
 class DeepLab(torch.nn.Module):
     """torchvision's DeepLabv3 head on a timm backbone: images (B, 3, S, S) to coarse logits (B, classes, h, w)."""
 
     def __init__(self, backbone, num_classes, side):
         super().__init__()
         with torch.no_grad():
-            shape = feature_map(backbone.eval(), torch.zeros(1, 3, side, side)).shape
+            features = backbone.eval().forward_features(torch.zeros(1, 3, side, side))
+            shape = common.as_map(backbone, features).shape
         # Chen et al. 2017, section 4.2: rates 6, 12, 18 at output stride 16, twice that at 8
         rates = (12, 24, 36) if shape[2] * 8 >= side else (6, 12, 18)
         self.backbone = backbone
@@ -169,7 +165,7 @@ class DeepLab(torch.nn.Module):
 
     def forward(self, images):
         """images (B, 3, S, S) -> (B, classes, h, w)."""
-        return self.classifier(feature_map(self.backbone, images))
+        return self.classifier(common.as_map(self.backbone, self.backbone.forward_features(images)))
 
 
 def build_segmenter(arch, init, image_size, output_stride, num_classes, seed=0, init_key=None, init_stats=False,
@@ -230,10 +226,10 @@ def loss_function(logits, targets, kind, ignore=None):
     the mean then does not depend on how a batch is shared. logits (B, C, H, W), targets (B, H, W) int64."""
     known = known_pixels(targets, ignore)
     total = 0.0
-    if "ce" in kind.split("+"):
-        entropy = F.cross_entropy(logits, targets.masked_fill(~known, -100), reduction="none", ignore_index=-100)
+    if kind != "dice":
+        entropy = F.cross_entropy(logits, targets.masked_fill(~known, -100), reduction="none")  # -100 is left out
         total = total + entropy.sum((1, 2)) / known.sum((1, 2)).clamp(min=1)
-    if "dice" in kind.split("+"):
+    if kind != "ce":
         share = logits.softmax(1) * known[:, None]
         dices = []
         for c in range(1, logits.shape[1]):
@@ -285,17 +281,24 @@ def overlap(table):
     return both / (total - both), 2 * both / total
 
 
+def mean_without_nan(values):
+    """Mean of values (n,) that are not NaN, None if all are."""
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if len(defined) else None
+
+
 def class_scores(table):
     """SCORES of one class from its (N, 4) pixels of both, truth and prediction, and HD95. The rule for empty masks: an
     image whose truth and prediction both lack the class is left out of the averages over images; one where a single one
     of the two lacks it counts 0, and is left out of HD95's. None: not defined. With the images that each average is over,
     "n" and "hd95_n", and how many have the class, "lesions", and a prediction that meets it, "found"."""
     iou, dice = overlap(table)
-    values = [iou, dice, *overlap(table[:, :3].sum(0, keepdims=True)), table[:, 3]]
-    scores = {name: common.mean_defined([v for v in value if not math.isnan(v)]) for name, value in zip(SCORES, values)}
-    counts = {"n": np.isfinite(iou), "hd95_n": np.isfinite(table[:, 3]),
-              "lesions": table[:, 1] > 0, "found": table[:, 0] > 0}
-    return {**scores, **{name: int(flags.sum()) for name, flags in counts.items()}}
+    iou_set, dice_set = overlap(table.sum(0, keepdims=True))
+    hd95 = table[:, 3]
+    return {"iou": mean_without_nan(iou), "dice": mean_without_nan(dice), "iou_set": mean_without_nan(iou_set),
+            "dice_set": mean_without_nan(dice_set), "hd95": mean_without_nan(hd95),
+            "n": int(np.isfinite(iou).sum()), "hd95_n": int(np.isfinite(hd95).sum()),
+            "lesions": int((table[:, 1] > 0).sum()), "found": int((table[:, 0] > 0).sum())}
 
 
 def score_masks(table, classes):
@@ -311,7 +314,7 @@ def headline_interval(table, headline, groups):
     scores = overlap(table[:, 1:])[SCORES.index(headline)]
 
     def average(rows):
-        return common.mean_defined([v[~np.isnan(v)].mean() for v in scores[rows].T if not np.isnan(v).all()])
+        return common.mean_defined([mean_without_nan(column) for column in scores[rows].T])
     return common.bootstrap_interval(average, len(table), groups)
 
 
@@ -599,8 +602,8 @@ def match_masks(dataset, meta):
         say(f"WARNING: the model does not know {common.some(unknown, 14)} of {dataset.name}: its pixels count nowhere")
     number = np.full(256, 255, np.uint8)
     number[0] = 0
-    for value, name in enumerate(dataset.mask_classes[1:], 1):
-        number[value] = names.index(name) if name in shared else 255
+    for name in shared:
+        number[dataset.mask_classes.index(name)] = names.index(name)
     if dataset.ignore is not None:
         number[dataset.ignore] = 255
     dataset.masks = number[dataset.masks]
