@@ -650,10 +650,10 @@ def mask_files(source, names):
 @torch.inference_mode()
 def write_masks(model, meta, dataset, files, run):
     """Write this process's share of masks of new images into `files`, each at its image's own size and shape. Returns
-    (height, width, pixels of each class) of every image, (n, 2 + C) int64."""
+    the pixels of each class of every image, (n, C) int64."""
     classes = len(meta["classes"])
     mine = range(run.rank, len(files), run.world)
-    areas = torch.zeros(len(mine), 2 + classes, dtype=torch.int64)
+    areas = torch.zeros(len(mine), classes, dtype=torch.int64)
     for k, row in enumerate(tqdm(mine, "predicting", leave=False, disable=run.rank > 0)):
         # one at a time: a mask does not depend on what else is predicted
         image = common.read_batch(dataset.images, [row])
@@ -663,19 +663,22 @@ def write_masks(model, meta, dataset, files, run):
         square = full_size(logits[0], (box_height, box_width)).cpu().numpy()
         mask = common.from_square(square, height, width, meta["fit"], Image.Resampling.NEAREST)
         write_mask(files[row], mask, classes)
-        areas[k] = torch.tensor([height, width, *np.bincount(mask.ravel(), minlength=classes)])
+        areas[k] = torch.from_numpy(np.bincount(mask.ravel(), minlength=classes))
     return common.gather_rows(areas, len(files), run).numpy()
 
 
-def write_areas(path, classes, names, files, areas):
+def write_areas(path, classes, dataset, files, areas):
     """masks.csv: of each image its mask and size, and of each class its area in pixels and as a share of the image."""
     head = ["image", "mask", "height", "width"]
     for name in classes[1:]:
         head += [f"area_{name}", f"fraction_{name}"]
     lines = []
-    for name, file, (height, width, _, *pixels) in zip(names, files, areas):
-        shares = [[count, f"{count / (height * width):.6f}"] for count in pixels]
-        lines.append([name, f"masks/{file}", height, width, *sum(shares, [])])
+    for row, file in enumerate(files):
+        height, width = dataset.sizes[row]
+        line = [dataset.paths[row], f"masks/{file}", height, width]
+        for area in areas[row, 1:]:
+            line += [area, f"{area / (height * width):.6f}"]
+        lines.append(line)
     common.write_table(path, head, lines)
 
 
@@ -684,8 +687,10 @@ def draw_overlay(path, mask_file, dataset, row):
     picture = common.in_proportion(dataset.images[row], dataset.sizes[row], dataset.fit, 640)
     with Image.open(mask_file) as mask:
         classes = np.asarray(mask.resize((picture.shape[1], picture.shape[0]), Image.Resampling.NEAREST))
-    outlines = [(classes == value, RED if value == 255 else common.COLOURS[(value - 1) % 7])
-                for value in np.unique(classes[classes > 0])]
+    outlines = []
+    for value in np.unique(classes[classes > 0]):
+        colour = RED if value == 255 else common.COLOURS[(value - 1) % 7]
+        outlines.append((classes == value, colour))
     path.parent.mkdir(parents=True, exist_ok=True)
     common.draw_grid(path, [[picture]], outlines=[[outlines]], inches=3)
 
@@ -708,7 +713,7 @@ def predict(args, run):
         partial.rename(masks)
         for row, file in enumerate(files if args.overlay else []):
             draw_overlay(folder / "overlays" / file, masks / file, dataset, row)
-        write_areas(folder / "masks.csv", meta["classes"], dataset.paths, files, areas)
+        write_areas(folder / "masks.csv", meta["classes"], dataset, files, areas)
     if meta["fit"] == "crop":
         say("note: the model sees the centre square of an image; what lies outside of it is background in its mask")
     say(f"written: {folder}/masks.csv and {len(files)} masks")
