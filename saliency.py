@@ -26,6 +26,7 @@ from tqdm import tqdm
 GAUSSIAN = 0.25  # standard deviation of the centred Gaussian, as a share of the side
 STEPS = 20  # of the deletion and insertion curves
 KINDS = ("map", "gaussian", "random")
+GAINS = ("gain_over_gaussian", "gain_over_random")
 
 
 def arguments():
@@ -158,24 +159,23 @@ def curves(model, images, maps, targets, task, run):
             with run.autocast():
                 logits = model(torch.where(chosen, then, first))
             points[name].append(probabilities(logits, task).gather(1, targets[:, None])[:, 0])
-    areas = [(torch.trapezoid(torch.stack(values), dim=0) / STEPS).tolist() for values in points.values()]
-    return [dict(zip(points, pair)) for pair in zip(*areas)]
+    areas = {name: torch.trapezoid(torch.stack(values), dim=0) / STEPS for name, values in points.items()}
+    return [{name: area[i].item() for name, area in areas.items()} for i in range(len(images))]
 
 
 def summarise(scores, groups, seed):
     """scores {kind: [{name: number or NaN} an image]} -> {kind: {name: mean and 95 % interval}}, with gain_over_KIND
     for the paired differences (of deletion, the drop), which "beats" if it lies above 0."""
-    names = list(scores["map"][0])
-    table = {kind: np.array([[image[name] for name in names] for image in scores[kind]]) for kind in KINDS}
-    sign = [-1 if name == "deletion" else 1 for name in names]
-    for kind in KINDS[1:]:
-        table[f"gain_over_{kind}"] = (table["map"] - table[kind]) * sign
-    result = {}
-    for kind, columns in table.items():
-        result[kind] = {name: mean_with_interval(values, groups, seed) for name, values in zip(names, columns.T)}
-        if kind not in KINDS:
-            for cell in result[kind].values():
-                cell["beats"] = bool(cell["interval"] and cell["interval"][0] > 0)
+    result = {kind: {} for kind in (*KINDS, *GAINS)}
+    for name in scores["map"][0]:
+        values = {kind: np.array([image[name] for image in scores[kind]]) for kind in KINDS}
+        for kind in KINDS:
+            result[kind][name] = mean_with_interval(values[kind], groups, seed)
+        for kind in KINDS[1:]:
+            gain = values["map"] - values[kind]
+            cell = mean_with_interval(-gain if name == "deletion" else gain, groups, seed)
+            cell["beats"] = bool(cell["interval"] and cell["interval"][0] > 0)
+            result[f"gain_over_{kind}"][name] = cell
     return result
 
 
@@ -348,18 +348,18 @@ def correct(dataset, rows, chances, classes):
 def finish(folder, dataset, count, runs, args, run, seconds):
     """Print the scores and write metrics.json, last."""
     names = list(runs[0]["map"])
-    lines = []
+    lines, parts = [], []
     for one in runs:
-        for kind in (*KINDS, "gain_over_gaussian", "gain_over_random"):
-            cells = ["{:.3f} ({:.3f} to {:.3f})".format(cell["mean"], *cell["interval"]) if cell["interval"]
-                     else "undefined" for cell in one[kind].values()]
-            lines.append([f"{one['name']} {one['method'] if kind == 'map' else kind.replace('_', ' ')}", *cells])
-    common.print_table(["", *names], lines)
-    say(f"{count} images scored")
-    parts = []
-    for one in runs:
+        for kind in (*KINDS, *GAINS):
+            line = [f"{one['name']} {one['method'] if kind == 'map' else kind.replace('_', ' ')}"]
+            for cell in one[kind].values():
+                low, high = cell["interval"] or (None, None)
+                line.append("undefined" if low is None else f"{cell['mean']:.3f} ({low:.3f} to {high:.3f})")
+            lines.append(line)
         beats = "beats" if one["gain_over_gaussian"][names[0]]["beats"] else "does not beat"
         parts.append(f"{one['name']} {names[0]} {common.show(one['map'][names[0]]['mean'])}, {beats} a centred Gaussian")
+    common.print_table(["", *names], lines)
+    say(f"{count} images scored")
     common.write_metrics(
         folder, dataset, run, args, arch=", ".join(one["arch"] for one in runs),
         init=", ".join(one["init"] for one in runs), pretrained_on=[one["pretrained_on"] for one in runs],
