@@ -203,23 +203,26 @@ def view_mask(mask, size, ignore=None):
 
 # ---------------------------------------------------------------- models and images -------------------------
 
-def open_model(name, number, args):
-    """(model, attention reader or None, meta) of one of --runs; meta also gets run, label and method."""
+def open_model(name, taken, args):
+    """(model, attention reader or None, meta) of one of --runs; meta also gets run, method and a name that is not taken."""
     path = Path(name) / "model.pt" if Path(name).is_dir() else Path(name)
     if not path.is_file():
         fail(f"--runs {name}: no model.pt there; give the folder of a run that finetune.py has trained")
     model, meta = common.load_trained(path)
     read = common.attention_reader(model)
     label = path.resolve().parent.name
-    if label in [Path(other).resolve().name for other in args.runs[:number]]:
-        label += f"-{number}"
+    if label in taken:
+        label += f"-{len(taken)}"
     method = args.method if read else "gradcam"
     meta |= {"run": name, "name": label, "method": method, "mass": args.mass if method == "attention" else 1}
     if args.target is not None and args.target not in meta["classes"]:
         fail(f"--target {args.target}: {name} knows {common.some(meta['classes'], 30)}")
     blank = torch.zeros(1, 3, meta["image_size"], meta["image_size"])
     if method == "gradcam":  # models without a map, or with other kinds of attention, are refused now, not half-way
-        grad_cam(model, blank, None, meta["task"])
+        height, width = grad_cam(model, blank, None, meta["task"])[0].shape[1:]
+        if min(height, width) < 4 and not hasattr(model, "patch_embed"):  # strides pad above and left alone
+            say(f"note: Grad-CAM of {label} has only {height} x {width} places at {meta['image_size']} pixels, and padding "
+                "alone makes one corner stand out; train at 224 pixels for 7 x 7")
     else:
         last = read(blank)[-1]
         if getattr(model, "cls_token", None) is None:
@@ -258,9 +261,6 @@ def look(model, read, meta, dataset, rows, drawn, args, run):
             for i, row in enumerate(batch):
                 mask = view_mask(dataset.masks[row], size, dataset.ignore)
                 scores[kind].append(localisation(full[kind][i].numpy(), kept[kind][i].numpy(), mask))
-    if min(maps.shape[1:]) < 4 and not hasattr(model, "patch_embed"):  # strides pad above and left alone
-        say(f"note: Grad-CAM of {meta['name']} has only {maps.shape[1]} x {maps.shape[2]} places at {size} "
-            "pixels, and padding alone makes one corner stand out; train at 224 pixels for 7 x 7")
     return scores, pictures, np.concatenate(probabilities_of), blank
 
 
@@ -412,7 +412,9 @@ def main():
     if run.world > 1:
         fail("saliency.py works in one process; start it with python, not torchrun")
     timm.layers.set_fused_attn(False)  # before any model is built: fused attention never forms the map
-    models = [open_model(name, number, args) for number, name in enumerate(args.runs)]
+    models = []
+    for name in args.runs:
+        models.append(open_model(name, [meta["name"] for _, _, meta in models], args))
     if not args.files:
         return explain_runs(models, common.load_dataset(args, ("test",)), args, run)
     first = models[0][2]
