@@ -234,7 +234,7 @@ def open_model(name, taken, args):
 
 def look(model, read, meta, dataset, rows, drawn, args, run):
     """Explain and score rows of a dataset with one model: scores {kind: [{name: number} an image]}; pictures {row: (map
-    (S, S) of the view, target)} for the rows in `drawn`; probabilities (N, C); number of blank maps."""
+    (S, S) of the view, target, probabilities (C,))} for the rows in `drawn`; probabilities (N, C); number of blank maps."""
     generator = torch.Generator().manual_seed(args.seed)
     size, smooth = meta["image_size"], meta["method"] == "gradcam"
     line = torch.exp(-(torch.linspace(-0.5, 0.5, size) / GAUSSIAN) ** 2 / 2)
@@ -253,7 +253,7 @@ def look(model, read, meta, dataset, rows, drawn, args, run):
         kept = {kind: enlarge(keep_mass(values, meta["mass"]), (size, size), smooth) for kind, values in coarse.items()}
         for i, row in enumerate(batch):
             if row in drawn:
-                pictures[row] = kept["map"][i], int(targets[i])
+                pictures[row] = kept["map"][i], int(targets[i]), chances[i]
         for kind in KINDS:
             if dataset.masks is None:
                 scores[kind] += curves(model, images, full[kind].to(run.device), targets, meta["task"], run)
@@ -307,29 +307,31 @@ def draw_originals(dataset, rows):
     return images, captions, outlines
 
 
-def draw_run(meta, dataset, drawn, pictures, chances, right):
-    """A run's row: (overlays, captions, no outlines) of the images `drawn`, whose probabilities are chances (n, C)."""
+def draw_run(meta, dataset, pictures):
+    """A run's row: (overlays, captions, no outlines) of pictures {row: (map, target, probabilities)}."""
     images, captions = [], []
-    for n, row in enumerate(drawn):
+    for row, (view_map, _, chances) in pictures.items():
         pixels = common.in_proportion(dataset.images[row], dataset.sizes[row], dataset.fit, 320)
         if pixels.ndim == 2:
             pixels = pixels[..., None].repeat(3, 2)
-        images.append(overlay(pixels, *place_map(pictures[row][0], dataset.side, *pixels.shape[:2], dataset.fit)))
-        text = f"{meta['classes'][chances[n].argmax()][:26]}\n{chances[n].max():.0%}"
+        images.append(overlay(pixels, *place_map(view_map, dataset.side, *pixels.shape[:2], dataset.fit)))
+        text = f"{meta['classes'][chances.argmax()][:26]}\n{chances.max():.0%}"
+        right = correct(dataset, [row], chances[None], meta["classes"])
         if right is not None:
-            text = (f"{text} right", "#00702e") if right[n] else (f"{text} WRONG", "#c00000")
+            text = (f"{text} right", "#00702e") if right[0] else (f"{text} WRONG", "#c00000")
         captions.append(text)
     return images, captions, [[]] * len(images)
 
 
-def save_maps(path, meta, dataset, drawn, pictures, chances):
+def save_maps(path, meta, dataset, pictures):
     """maps-RUN.npz: map_0, map_1, ... float32 at the resolution of the files; paths, probabilities and the classes
     explained."""
-    arrays = {"paths": np.array([dataset.paths[row] for row in drawn]), "probabilities": chances,
-              "explained": np.array([meta["classes"][pictures[row][1]] for row in drawn])}
-    for number, row in enumerate(drawn):
+    _, targets, chances = zip(*pictures.values())
+    arrays = {"paths": np.array([dataset.paths[row] for row in pictures]), "probabilities": np.stack(chances),
+              "explained": np.array([meta["classes"][target] for target in targets])}
+    for number, (row, (view_map, _, _)) in enumerate(pictures.items()):
         height, width = map(int, dataset.sizes[row])
-        arrays[f"map_{number}"], _ = place_map(pictures[row][0], dataset.side, height, width, dataset.fit)
+        arrays[f"map_{number}"], _ = place_map(view_map, dataset.side, height, width, dataset.fit)
     common.write_npz(path, arrays, np.savez_compressed)
 
 
@@ -389,10 +391,9 @@ def explain_runs(models, dataset, args, run):
     for model, read, meta in models:
         common.to_device(model, run)
         scores, pictures, chances, blank = look(model, read, meta, dataset, rows, {*drawn}, args, run)
+        save_maps(folder / f"maps-{meta['name']}.npz", meta, dataset, pictures)
+        grid.append(draw_run(meta, dataset, pictures))
         right = correct(dataset, rows, chances, meta["classes"])
-        shown = np.flatnonzero(np.isin(rows, drawn))
-        save_maps(folder / f"maps-{meta['name']}.npz", meta, dataset, drawn, pictures, chances[shown])
-        grid.append(draw_run(meta, dataset, drawn, pictures, chances[shown], None if right is None else right[shown]))
         facts = {key: meta.get(key) for key in ("run", "name", "arch", "init", "pretrained_on", "method", "image_size")}
         share = None if right is None else float(right.mean())
         runs.append({**facts, "images": len(rows), "blank_maps": blank, "right": share,
