@@ -159,8 +159,9 @@ def curves(model, images, maps, targets, task, run):
             with run.autocast():
                 logits = model(torch.where(chosen, then, first))
             points[name].append(probabilities(logits, task).gather(1, targets[:, None])[:, 0])
-    areas = {name: torch.trapezoid(torch.stack(values), dim=0) / STEPS for name, values in points.items()}
-    return [{name: area[i].item() for name, area in areas.items()} for i in range(len(images))]
+    deletion = torch.trapezoid(torch.stack(points["deletion"]), dim=0) / STEPS
+    insertion = torch.trapezoid(torch.stack(points["insertion"]), dim=0) / STEPS
+    return [{"deletion": a, "insertion": b} for a, b in zip(deletion.tolist(), insertion.tolist())]
 
 
 def summarise(scores, groups, seed):
