@@ -168,14 +168,13 @@ class DeepLab(torch.nn.Module):
         return self.classifier(common.as_map(self.backbone, self.backbone.forward_features(images)))
 
 
-def build_segmenter(arch, init, image_size, output_stride, num_classes, seed=0, init_key=None, init_stats=False,
-                    patch_size=None):
-    """(DeepLab on --arch with the weights of --init, or their statistics; the dataset that they come from or None)."""
-    how = (arch, init, image_size, 0, seed, init_key, init_stats)
+def build_segmenter(arch, init, image_size, output_stride, num_classes, **options):
+    """(DeepLab on --arch with the weights of --init, or their statistics; the dataset that they come from or None). options:
+    of common.build_model."""
     try:
-        backbone, pretrained_on = common.build_model(*how, output_stride=output_stride, patch_size=patch_size)
+        backbone, pretrained_on = common.build_model(arch, init, image_size, 0, output_stride=output_stride, **options)
     except (TypeError, AssertionError, NotImplementedError):  # ViTs and the like cannot be dilated
-        backbone, pretrained_on = common.build_model(*how, patch_size=patch_size)
+        backbone, pretrained_on = common.build_model(arch, init, image_size, 0, **options)
     return DeepLab(backbone, num_classes, image_size), pretrained_on
 
 
@@ -188,9 +187,11 @@ def load_segmenter(path):
         fail(f"{path}: not the model.pt of a segment.py run, which knows its classes")
     model, _ = build_segmenter(meta["arch"], "random", meta["image_size"], meta["output_stride"], meta["num_classes"],
                                patch_size=meta.get("patch_size"))
+    own = {}
+    for name, tensor in weights.items():
+        own[name if name.startswith("classifier.") else f"backbone.{name}"] = tensor
     try:
-        model.load_state_dict({name if name.startswith("classifier.") else f"backbone.{name}": tensor
-                               for name, tensor in weights.items()})
+        model.load_state_dict(own)
     except RuntimeError as error:
         fail(f"{path} does not fit {meta['arch']}: {error}")
     return model.eval(), meta
@@ -397,7 +398,8 @@ def score_annotators(dataset, predicted):
     for name, truths in experts.items():
         table = np.full((len(rows), classes, 4), math.nan)
         for i in range(len(rows)):
-            truth, mask = (torch.from_numpy(masks[i]).long() for masks in (truths, predicted))
+            truth = torch.from_numpy(truths[i]).long()
+            mask = torch.from_numpy(predicted[i]).long()
             table[i, :, :3] = count_pixels(truth, mask, classes, dataset.ignore)
         scores[name] = score_masks(table, dataset.mask_classes)
     return scores
@@ -429,8 +431,8 @@ def constant_score(dataset, device):
     scores = []
     for c in range(1, len(dataset.mask_classes)):
         share = ((train == c) & known).sum(0) / known.sum(0).clamp(min=1)
-        on_train = {level: iou(train, c, share > level) or 0 for level in np.arange(0, 1, 0.05)}
-        scores.append(iou(grids["test"], c, share > max(on_train, key=on_train.get)))
+        best = max(np.arange(0, 1, 0.05), key=lambda level: iou(train, c, share > level) or 0)
+        scores.append(iou(grids["test"], c, share > best))
     return common.mean_defined(scores)
 
 
@@ -553,9 +555,11 @@ def test(model, dataset, args, run, folder, columns=slice(None)):
 def tell(dataset, result, chosen):
     """Print the scores of the test. Returns the headline as text."""
     show = common.show
-    lines = {**result["classes"], "mean of foreground": result}
-    common.print_table(["test", *SCORES, *COUNTS], [
-        [name, *(show(line[score]) for score in SCORES), *(line[count] for count in COUNTS)] for name, line in lines.items()])
+    lines = []
+    for name, line in {**result["classes"], "mean of foreground": result}.items():
+        scores = [show(line[score]) for score in SCORES]
+        lines.append([name, *scores, *(line[count] for count in COUNTS)])
+    common.print_table(["test", *SCORES, *COUNTS], lines)
     if result["annotators"]:
         lines = [[name, show(line["iou"]), show(line["dice"])] for name, line in result["annotators"].items()]
         common.print_table(["against", "iou", "dice"], lines)
@@ -887,9 +891,9 @@ def main():
     common.note_enlarged(dataset, args.image_size, dataset.side)
     if len(dataset.rows["train"]) < args.batch_size:
         fail(f"--batch-size {args.batch_size} is more than the {len(dataset.rows['train'])} training images")
-    model, pretrained_on = build_segmenter(args.arch, args.init, args.image_size, args.output_stride,
-                                           len(dataset.mask_classes), args.seed, args.init_key, args.init_stats,
-                                           args.patch_size)
+    model, pretrained_on = build_segmenter(
+        args.arch, args.init, args.image_size, args.output_stride, len(dataset.mask_classes), seed=args.seed,
+        init_key=args.init_key, init_stats=args.init_stats, patch_size=args.patch_size)
     if not args.init_stats:
         common.keep_classifier(model, "classifier.", args.init, dataset.mask_classes, "masks")
     model = common.to_device(model, run)
