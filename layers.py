@@ -16,6 +16,7 @@ import math
 import re
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import common  # before PyTorch, whose threads it tells how to wait
@@ -85,7 +86,7 @@ def layers_of(model, name, facts):
 def open_models(args, dataset):
     """[(model, layers, facts, {"mean", "std"})] of --runs and --pair, each once; and the [start, end] of each pair."""
     models, pairs = {}, []
-    for names in [*([name] for name in args.runs), *args.pair]:
+    for names in [[name] for name in args.runs] + args.pair:
         opened, known = {}, {"mean": dataset.mean, "std": dataset.std}
         for name in sorted(reversed(names), key=NAMED_INITS.__contains__):  # first what knows its architecture: files, the end
             model, facts, seen_as = common.open_backbone(name, dataset, args, known)
@@ -114,27 +115,35 @@ def pooled(output, model):
 def score_layers(model, layers, dataset, image_size, args, run):
     """The k-NN score of every layer and feature, from one pass over the images: ([{"layer", "depth" in (0, 1], "feature",
     "val", "test"}], [class shares (n, C) of the test images for each])."""
-    def read(images):
-        return read_layers(model, layers, images, lambda output: pooled(output, model))
+    read = partial(read_layers, model, layers, read=partial(pooled, model=model))
 
     def wide(images):
-        return torch.cat([feature.float() for features in read(images) for feature in features.values()], 1)
+        features = []
+        for kinds in read(images):
+            features += kinds.values()
+        return torch.cat(features, 1)
 
-    shapes = read(torch.zeros(1, 3, image_size, image_size, device=run.device))
-    widths = [feature.shape[1] for features in shapes for feature in features.values()]
     parts = {}
     for split, rows in dataset.rows.items():
-        features = common.outputs(wide, dataset, rows, image_size, run, args.batch_size)
-        parts[split] = iter(features.split(widths, 1))
+        parts[split] = common.outputs(wide, dataset, rows, image_size, run, args.batch_size)
     scores, shares = [], []
+    if run.rank > 0:
+        return scores, shares
     k = min(K, dataset.counts["train"])
-    for i, (layer, features) in enumerate(zip(layers, shapes) if run.rank == 0 else []):
-        for kind in features:
-            voted = common.vote_on({split: next(parts[split]) for split in parts}, dataset, [k], TEMPERATURE, run.device)
-            score = {name: common.metric(dataset.metric, dataset.task, dataset.labels[dataset.rows[name]], voted[name][k])
-                     for name in ("val", "test")}
-            scores.append({"layer": layer, "depth": (i + 1) / len(layers), "feature": kind, **score})
+    begin = 0  # of a feature among the columns of parts
+    example = read(torch.zeros(1, 3, image_size, image_size, device=run.device))
+    for i, (layer, kinds) in enumerate(zip(layers, example)):
+        for kind, feature in kinds.items():
+            end = begin + feature.shape[1]
+            features = {split: values[:, begin:end] for split, values in parts.items()}
+            voted = common.vote_on(features, dataset, [k], TEMPERATURE, run.device)
+            score = {"layer": layer, "depth": (i + 1) / len(layers), "feature": kind}
+            for split in ("val", "test"):
+                labels = dataset.labels[dataset.rows[split]]
+                score[split] = common.metric(dataset.metric, dataset.task, labels, voted[split][k])
+            scores.append(score)
             shares.append(voted["test"][k])
+            begin = end
     return scores, shares
 
 
@@ -147,7 +156,8 @@ def best_layer(scores, shares, dataset):
     last = next(i for i, score in enumerate(scores) if score["depth"] == 1)  # its first feature: CLS, where there is one
 
     def gain(at):
-        first, second = (common.metric(dataset.metric, dataset.task, labels[at], shares[i][at]) for i in (best, last))
+        first = common.metric(dataset.metric, dataset.task, labels[at], shares[best][at])
+        second = common.metric(dataset.metric, dataset.task, labels[at], shares[last][at])
         return None if None in (first, second) else first - second
     interval = common.bootstrap_interval(gain, len(rows), dataset.groups_of(rows))
     return {"best": scores[best], "last": scores[last], "gain": gain(np.arange(len(rows))), "interval": interval}
@@ -199,6 +209,7 @@ def cka_map(start, end, dataset, args, run):
     return cka_of(total)[:len(start[1]), len(start[1]):]
 
 
+@torch.no_grad()
 def distances(start, end):
     """[L2 distance of the weight matrices of each layer of two models {name: module}, over their norm in the first], None
     where they are not of one shape. Norms and biases, of another scale, are left out."""
@@ -206,35 +217,39 @@ def distances(start, end):
         return None
     moved = []
     for layer in start:
-        before, after = ([p.detach() for p in layers[layer].parameters() if p.ndim > 1] for layers in (start, end))
+        before = [p for p in start[layer].parameters() if p.ndim > 1]
+        after = [p for p in end[layer].parameters() if p.ndim > 1]
         if [p.shape for p in before] != [p.shape for p in after]:
             return None
-        change = sum((b - a).square().sum() for a, b in zip(before, after))
-        moved.append((change / sum(p.square().sum() for p in before)).sqrt().item())
+        change, norm = 0, 0
+        for a, b in zip(before, after):
+            change += (b - a).square().sum()
+            norm += a.square().sum()
+        moved.append((change / norm).sqrt().item())
     return moved
 
 
-def lines_of(runs, pairs, metric):
-    """What layers.png draws over relative depth: [(title, unit, [(label, depths, values)])]."""
+def draw(path, dataset, runs, pairs):
+    """layers.png: over relative depth, the k-NN scores of all layers and, of pairs with the same layers, how alike their
+    outputs are and how far their weights moved; then the CKA of all layers of each pair."""
     titles = {"cls": "CLS of ViTs, pooled maps", "mean": "mean of patches, pooled maps", "pooled": "pooled maps"}
     kinds = {score["feature"] for one in runs for score in one["layers"]}
-    panels = []
-    for feature in [kind for kind in ("cls", "mean") if kind in kinds] or ["pooled"]:
+    panels = []  # (title, unit, [(label, depths, values)])
+    for feature in sorted(kinds & {"cls", "mean"}) or ["pooled"]:
         lines = []
         for one in runs:
             points = [[score["depth"], score["test"]] for score in one["layers"] if score["feature"] in (feature, "pooled")]
-            lines.append((one["name"], *np.array(points, float).reshape(-1, 2).T))  # undefined scores are left out
-        panels.append((titles[feature], f"k-NN, test {metric}", lines))
+            depths, values = np.array(points, float).reshape(-1, 2).T  # undefined scores, NaN, are left out
+            lines.append((one["name"], depths, values))
+        panels.append((titles[feature], f"k-NN, test {dataset.metric}", lines))
     alike = [pair for pair in pairs if pair["moved"]]
-    for key, title, unit in (("same_layer", "outputs", "CKA with the start"), ("moved", "weights", "distance / norm at start")):
-        lines = [(pair["name"], np.arange(1, len(pair[key]) + 1) / len(pair[key]), pair[key]) for pair in alike]
-        panels += [(title, unit, lines)] * bool(lines)
-    return panels
-
-
-def draw(path, dataset, runs, pairs):
-    """layers.png: the panels of lines_of, then the CKA of all layers of each pair."""
-    panels = lines_of(runs, pairs, dataset.metric)
+    changes = (("same_layer", "outputs", "CKA with the start"), ("moved", "weights", "distance / norm at start"))
+    for key, title, unit in changes if alike else ():
+        lines = []
+        for pair in alike:
+            depths = np.arange(1, len(pair[key]) + 1) / len(pair[key])
+            lines.append((pair["name"], depths, pair[key]))
+        panels.append((title, unit, lines))
     figure, axes = common.new_panels(path, len(panels) + len(pairs), 4, 3.2)
     for axis, (title, unit, lines) in zip(axes, panels):
         for i, (label, x, y) in enumerate(lines):
@@ -253,18 +268,24 @@ def draw(path, dataset, runs, pairs):
 
 def finish(folder, dataset, runs, pairs, args, run, seconds):
     """Write layers.csv, layers.png and, last, metrics.json."""
-    common.write_table(folder / "layers.csv", ["run", "arch", "layer", "depth", "feature", "val", "test"],
-                       [[one["name"], one["arch"], *score.values()] for one in runs for score in one["layers"]])
+    rows, lines, summary = [], [], []
+    val, test = {}, {}
+    for one in runs:
+        for score in one["layers"]:
+            rows.append([one["name"], one["arch"], *score.values()])
+        best, last = one["best"], one["last"]
+        lines.append([one["name"], f"{best['layer']} {best['feature']}", common.show(best["test"]), common.show(last["test"])])
+        summary.append(f"{one['name']} is best at {best['layer']}")
+        val[one["name"]] = best["val"]
+        test[one["name"]] = best["test"]
+    common.write_table(folder / "layers.csv", ["run", "arch", "layer", "depth", "feature", "val", "test"], rows)
     draw(folder / "layers.png", dataset, runs, pairs)
-    common.print_table(["", "best layer (by val)", f"test {dataset.metric}", "last layer"], [
-        [one["name"], "{layer} {feature}".format(**one["best"]), *(common.show(one[at]["test"]) for at in ("best", "last"))]
-        for one in runs])
+    common.print_table(["", "best layer (by val)", f"test {dataset.metric}", "last layer"], lines)
+    facts = {key: [one[key] for one in runs] for key in ("arch", "init", "pretrained_on", "image_size")}
     common.write_metrics(
-        folder, dataset, run, args, arch=", ".join(one["arch"] for one in runs), init=", ".join(one["init"] for one in runs),
-        pretrained_on=[one["pretrained_on"] for one in runs], image_size=[one["image_size"] for one in runs],
-        k=min(K, dataset.counts["train"]), runs=runs, pairs=pairs, epochs=0, seconds=seconds,
-        val={one["name"]: one["best"]["val"] for one in runs}, test={one["name"]: one["best"]["test"] for one in runs},
-        summary="; ".join("{name} is best at {best[layer]}".format(**one) for one in runs))
+        folder, dataset, run, args, arch=", ".join(facts["arch"]), init=", ".join(facts["init"]),
+        pretrained_on=facts["pretrained_on"], image_size=facts["image_size"], k=min(K, dataset.counts["train"]), runs=runs,
+        pairs=pairs, epochs=0, seconds=seconds, val=val, test=test, summary="; ".join(summary))
 
 
 def main():

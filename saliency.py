@@ -26,6 +26,7 @@ from tqdm import tqdm
 GAUSSIAN = 0.25  # standard deviation of the centred Gaussian, as a share of the side
 STEPS = 20  # of the deletion and insertion curves
 KINDS = ("map", "gaussian", "random")
+GAINS = ("gain_over_gaussian", "gain_over_random")
 
 
 def arguments():
@@ -158,24 +159,24 @@ def curves(model, images, maps, targets, task, run):
             with run.autocast():
                 logits = model(torch.where(chosen, then, first))
             points[name].append(probabilities(logits, task).gather(1, targets[:, None])[:, 0])
-    areas = [(torch.trapezoid(torch.stack(values), dim=0) / STEPS).tolist() for values in points.values()]
-    return [dict(zip(points, pair)) for pair in zip(*areas)]
+    deletion = torch.trapezoid(torch.stack(points["deletion"]), dim=0) / STEPS
+    insertion = torch.trapezoid(torch.stack(points["insertion"]), dim=0) / STEPS
+    return [{"deletion": a, "insertion": b} for a, b in zip(deletion.tolist(), insertion.tolist())]
 
 
 def summarise(scores, groups, seed):
     """scores {kind: [{name: number or NaN} an image]} -> {kind: {name: mean and 95 % interval}}, with gain_over_KIND
     for the paired differences (of deletion, the drop), which "beats" if it lies above 0."""
-    names = list(scores["map"][0])
-    table = {kind: np.array([[image[name] for name in names] for image in scores[kind]]) for kind in KINDS}
-    sign = [-1 if name == "deletion" else 1 for name in names]
-    for kind in KINDS[1:]:
-        table[f"gain_over_{kind}"] = (table["map"] - table[kind]) * sign
-    result = {}
-    for kind, columns in table.items():
-        result[kind] = {name: mean_with_interval(values, groups, seed) for name, values in zip(names, columns.T)}
-        if kind not in KINDS:
-            for cell in result[kind].values():
-                cell["beats"] = bool(cell["interval"] and cell["interval"][0] > 0)
+    result = {kind: {} for kind in (*KINDS, *GAINS)}
+    for name in scores["map"][0]:
+        values = {kind: np.array([image[name] for image in scores[kind]]) for kind in KINDS}
+        for kind in KINDS:
+            result[kind][name] = mean_with_interval(values[kind], groups, seed)
+        for kind in KINDS[1:]:
+            gain = values["map"] - values[kind]
+            cell = mean_with_interval(-gain if name == "deletion" else gain, groups, seed)
+            cell["beats"] = bool(cell["interval"] and cell["interval"][0] > 0)
+            result[f"gain_over_{kind}"][name] = cell
     return result
 
 
@@ -203,23 +204,26 @@ def view_mask(mask, size, ignore=None):
 
 # ---------------------------------------------------------------- models and images -------------------------
 
-def open_model(name, number, args):
-    """(model, attention reader or None, meta) of one of --runs; meta also gets run, label and method."""
+def open_model(name, taken, args):
+    """(model, attention reader or None, meta) of one of --runs; meta also gets run, method and a name that is not taken."""
     path = Path(name) / "model.pt" if Path(name).is_dir() else Path(name)
     if not path.is_file():
         fail(f"--runs {name}: no model.pt there; give the folder of a run that finetune.py has trained")
     model, meta = common.load_trained(path)
     read = common.attention_reader(model)
     label = path.resolve().parent.name
-    if label in [Path(other).resolve().name for other in args.runs[:number]]:
-        label += f"-{number}"
+    if label in taken:
+        label += f"-{len(taken)}"
     method = args.method if read else "gradcam"
     meta |= {"run": name, "name": label, "method": method, "mass": args.mass if method == "attention" else 1}
     if args.target is not None and args.target not in meta["classes"]:
         fail(f"--target {args.target}: {name} knows {common.some(meta['classes'], 30)}")
     blank = torch.zeros(1, 3, meta["image_size"], meta["image_size"])
     if method == "gradcam":  # models without a map, or with other kinds of attention, are refused now, not half-way
-        grad_cam(model, blank, None, meta["task"])
+        height, width = grad_cam(model, blank, None, meta["task"])[0].shape[1:]
+        if min(height, width) < 4 and not hasattr(model, "patch_embed"):  # strides pad above and left alone
+            say(f"note: Grad-CAM of {label} has only {height} x {width} places at {meta['image_size']} pixels, and padding "
+                "alone makes one corner stand out; train at 224 pixels for 7 x 7")
     else:
         last = read(blank)[-1]
         if getattr(model, "cls_token", None) is None:
@@ -231,7 +235,7 @@ def open_model(name, number, args):
 
 def look(model, read, meta, dataset, rows, drawn, args, run):
     """Explain and score rows of a dataset with one model: scores {kind: [{name: number} an image]}; pictures {row: (map
-    (S, S) of the view, target)} for the rows in `drawn`; probabilities (N, C); number of blank maps."""
+    (S, S) of the view, target, probabilities (C,))} for the rows in `drawn`; probabilities (N, C); number of blank maps."""
     generator = torch.Generator().manual_seed(args.seed)
     size, smooth = meta["image_size"], meta["method"] == "gradcam"
     line = torch.exp(-(torch.linspace(-0.5, 0.5, size) / GAUSSIAN) ** 2 / 2)
@@ -250,7 +254,7 @@ def look(model, read, meta, dataset, rows, drawn, args, run):
         kept = {kind: enlarge(keep_mass(values, meta["mass"]), (size, size), smooth) for kind, values in coarse.items()}
         for i, row in enumerate(batch):
             if row in drawn:
-                pictures[row] = kept["map"][i], int(targets[i])
+                pictures[row] = kept["map"][i], int(targets[i]), chances[i]
         for kind in KINDS:
             if dataset.masks is None:
                 scores[kind] += curves(model, images, full[kind].to(run.device), targets, meta["task"], run)
@@ -258,9 +262,6 @@ def look(model, read, meta, dataset, rows, drawn, args, run):
             for i, row in enumerate(batch):
                 mask = view_mask(dataset.masks[row], size, dataset.ignore)
                 scores[kind].append(localisation(full[kind][i].numpy(), kept[kind][i].numpy(), mask))
-    if min(maps.shape[1:]) < 4 and not hasattr(model, "patch_embed"):  # strides pad above and left alone
-        say(f"note: Grad-CAM of {meta['name']} has only {maps.shape[1]} x {maps.shape[2]} places at {size} "
-            "pixels, and padding alone makes one corner stand out; train at 224 pixels for 7 x 7")
     return scores, pictures, np.concatenate(probabilities_of), blank
 
 
@@ -307,29 +308,31 @@ def draw_originals(dataset, rows):
     return images, captions, outlines
 
 
-def draw_run(meta, dataset, drawn, pictures, chances, right):
-    """A run's row: (overlays, captions, no outlines) of the images `drawn`, whose probabilities are chances (n, C)."""
+def draw_run(meta, dataset, pictures):
+    """A run's row: (overlays, captions, no outlines) of pictures {row: (map, target, probabilities)}."""
     images, captions = [], []
-    for n, row in enumerate(drawn):
+    for row, (view_map, _, chances) in pictures.items():
         pixels = common.in_proportion(dataset.images[row], dataset.sizes[row], dataset.fit, 320)
         if pixels.ndim == 2:
             pixels = pixels[..., None].repeat(3, 2)
-        images.append(overlay(pixels, *place_map(pictures[row][0], dataset.side, *pixels.shape[:2], dataset.fit)))
-        text = f"{meta['classes'][chances[n].argmax()][:26]}\n{chances[n].max():.0%}"
+        images.append(overlay(pixels, *place_map(view_map, dataset.side, *pixels.shape[:2], dataset.fit)))
+        text = f"{meta['classes'][chances.argmax()][:26]}\n{chances.max():.0%}"
+        right = correct(dataset, [row], chances[None], meta["classes"])
         if right is not None:
-            text = (f"{text} right", "#00702e") if right[n] else (f"{text} WRONG", "#c00000")
+            text = (f"{text} right", "#00702e") if right[0] else (f"{text} WRONG", "#c00000")
         captions.append(text)
     return images, captions, [[]] * len(images)
 
 
-def save_maps(path, meta, dataset, drawn, pictures, chances):
+def save_maps(path, meta, dataset, pictures):
     """maps-RUN.npz: map_0, map_1, ... float32 at the resolution of the files; paths, probabilities and the classes
     explained."""
-    arrays = {"paths": np.array([dataset.paths[row] for row in drawn]), "probabilities": chances,
-              "explained": np.array([meta["classes"][pictures[row][1]] for row in drawn])}
-    for number, row in enumerate(drawn):
+    _, targets, chances = zip(*pictures.values())
+    arrays = {"paths": np.array([dataset.paths[row] for row in pictures]), "probabilities": np.stack(chances),
+              "explained": np.array([meta["classes"][target] for target in targets])}
+    for number, (row, (view_map, _, _)) in enumerate(pictures.items()):
         height, width = map(int, dataset.sizes[row])
-        arrays[f"map_{number}"], _ = place_map(pictures[row][0], dataset.side, height, width, dataset.fit)
+        arrays[f"map_{number}"], _ = place_map(view_map, dataset.side, height, width, dataset.fit)
     common.write_npz(path, arrays, np.savez_compressed)
 
 
@@ -348,18 +351,18 @@ def correct(dataset, rows, chances, classes):
 def finish(folder, dataset, count, runs, args, run, seconds):
     """Print the scores and write metrics.json, last."""
     names = list(runs[0]["map"])
-    lines = []
+    lines, parts = [], []
     for one in runs:
-        for kind in (*KINDS, "gain_over_gaussian", "gain_over_random"):
-            cells = ["{:.3f} ({:.3f} to {:.3f})".format(cell["mean"], *cell["interval"]) if cell["interval"]
-                     else "undefined" for cell in one[kind].values()]
-            lines.append([f"{one['name']} {one['method'] if kind == 'map' else kind.replace('_', ' ')}", *cells])
-    common.print_table(["", *names], lines)
-    say(f"{count} images scored")
-    parts = []
-    for one in runs:
+        for kind in (*KINDS, *GAINS):
+            line = [f"{one['name']} {one['method'] if kind == 'map' else kind.replace('_', ' ')}"]
+            for cell in one[kind].values():
+                low, high = cell["interval"] or (None, None)
+                line.append("undefined" if low is None else f"{cell['mean']:.3f} ({low:.3f} to {high:.3f})")
+            lines.append(line)
         beats = "beats" if one["gain_over_gaussian"][names[0]]["beats"] else "does not beat"
         parts.append(f"{one['name']} {names[0]} {common.show(one['map'][names[0]]['mean'])}, {beats} a centred Gaussian")
+    common.print_table(["", *names], lines)
+    say(f"{count} images scored")
     common.write_metrics(
         folder, dataset, run, args, arch=", ".join(one["arch"] for one in runs),
         init=", ".join(one["init"] for one in runs), pretrained_on=[one["pretrained_on"] for one in runs],
@@ -389,10 +392,9 @@ def explain_runs(models, dataset, args, run):
     for model, read, meta in models:
         common.to_device(model, run)
         scores, pictures, chances, blank = look(model, read, meta, dataset, rows, {*drawn}, args, run)
+        save_maps(folder / f"maps-{meta['name']}.npz", meta, dataset, pictures)
+        grid.append(draw_run(meta, dataset, pictures))
         right = correct(dataset, rows, chances, meta["classes"])
-        shown = np.flatnonzero(np.isin(rows, drawn))
-        save_maps(folder / f"maps-{meta['name']}.npz", meta, dataset, drawn, pictures, chances[shown])
-        grid.append(draw_run(meta, dataset, drawn, pictures, chances[shown], None if right is None else right[shown]))
         facts = {key: meta.get(key) for key in ("run", "name", "arch", "init", "pretrained_on", "method", "image_size")}
         share = None if right is None else float(right.mean())
         runs.append({**facts, "images": len(rows), "blank_maps": blank, "right": share,
@@ -412,7 +414,9 @@ def main():
     if run.world > 1:
         fail("saliency.py works in one process; start it with python, not torchrun")
     timm.layers.set_fused_attn(False)  # before any model is built: fused attention never forms the map
-    models = [open_model(name, number, args) for number, name in enumerate(args.runs)]
+    models = []
+    for name in args.runs:
+        models.append(open_model(name, [meta["name"] for _, _, meta in models], args))
     if not args.files:
         return explain_runs(models, common.load_dataset(args, ("test",)), args, run)
     first = models[0][2]

@@ -144,18 +144,14 @@ class ReachConv(torch.nn.Module):
         return total.permute(0, 3, 1, 2)
 
 
-def feature_map(backbone, images):
-    """The last feature map of any timm model (B, C, h, w): a ViT's patch tokens in their places."""
-    return common.as_map(backbone, backbone.forward_features(images))
-
-
 class DeepLab(torch.nn.Module):
     """torchvision's DeepLabv3 head on a timm backbone: images (B, 3, S, S) to coarse logits (B, classes, h, w)."""
 
     def __init__(self, backbone, num_classes, side):
         super().__init__()
         with torch.no_grad():
-            shape = feature_map(backbone.eval(), torch.zeros(1, 3, side, side)).shape
+            features = backbone.eval().forward_features(torch.zeros(1, 3, side, side))
+            shape = common.as_map(backbone, features).shape
         # Chen et al. 2017, section 4.2: rates 6, 12, 18 at output stride 16, twice that at 8
         rates = (12, 24, 36) if shape[2] * 8 >= side else (6, 12, 18)
         self.backbone = backbone
@@ -169,17 +165,16 @@ class DeepLab(torch.nn.Module):
 
     def forward(self, images):
         """images (B, 3, S, S) -> (B, classes, h, w)."""
-        return self.classifier(feature_map(self.backbone, images))
+        return self.classifier(common.as_map(self.backbone, self.backbone.forward_features(images)))
 
 
-def build_segmenter(arch, init, image_size, output_stride, num_classes, seed=0, init_key=None, init_stats=False,
-                    patch_size=None):
-    """(DeepLab on --arch with the weights of --init, or their statistics; the dataset that they come from or None)."""
-    how = (arch, init, image_size, 0, seed, init_key, init_stats)
+def build_segmenter(arch, init, image_size, output_stride, num_classes, **options):
+    """(DeepLab on --arch with the weights of --init, or their statistics; the dataset that they come from or None). options:
+    of common.build_model."""
     try:
-        backbone, pretrained_on = common.build_model(*how, output_stride=output_stride, patch_size=patch_size)
+        backbone, pretrained_on = common.build_model(arch, init, image_size, 0, output_stride=output_stride, **options)
     except (TypeError, AssertionError, NotImplementedError):  # ViTs and the like cannot be dilated
-        backbone, pretrained_on = common.build_model(*how, patch_size=patch_size)
+        backbone, pretrained_on = common.build_model(arch, init, image_size, 0, **options)
     return DeepLab(backbone, num_classes, image_size), pretrained_on
 
 
@@ -192,9 +187,11 @@ def load_segmenter(path):
         fail(f"{path}: not the model.pt of a segment.py run, which knows its classes")
     model, _ = build_segmenter(meta["arch"], "random", meta["image_size"], meta["output_stride"], meta["num_classes"],
                                patch_size=meta.get("patch_size"))
+    own = {}
+    for name, tensor in weights.items():
+        own[name if name.startswith("classifier.") else f"backbone.{name}"] = tensor
     try:
-        model.load_state_dict({name if name.startswith("classifier.") else f"backbone.{name}": tensor
-                               for name, tensor in weights.items()})
+        model.load_state_dict(own)
     except RuntimeError as error:
         fail(f"{path} does not fit {meta['arch']}: {error}")
     return model.eval(), meta
@@ -230,10 +227,10 @@ def loss_function(logits, targets, kind, ignore=None):
     the mean then does not depend on how a batch is shared. logits (B, C, H, W), targets (B, H, W) int64."""
     known = known_pixels(targets, ignore)
     total = 0.0
-    if "ce" in kind.split("+"):
-        entropy = F.cross_entropy(logits, targets.masked_fill(~known, -100), reduction="none", ignore_index=-100)
+    if kind != "dice":
+        entropy = F.cross_entropy(logits, targets.masked_fill(~known, -100), reduction="none")  # -100 is left out
         total = total + entropy.sum((1, 2)) / known.sum((1, 2)).clamp(min=1)
-    if "dice" in kind.split("+"):
+    if kind != "ce":
         share = logits.softmax(1) * known[:, None]
         dices = []
         for c in range(1, logits.shape[1]):
@@ -247,10 +244,12 @@ def loss_function(logits, targets, kind, ignore=None):
 
 # ---------------------------------------------------------------- metrics -----------------------------------
 
-def outline(mask):
-    """The pixels of a mask (H, W) bool that touch, by a side, another value or the image's edge."""
+def outline(mask, unit):
+    """The pixels of a mask (H, W) bool that touch, by a side, another value or the image's edge: their places (N, 2) float32
+    as (y, x) times the unit (y, x)."""
     wide = F.pad(mask, (1, 1, 1, 1))
-    return mask & ~(wide[:-2, 1:-1] & wide[2:, 1:-1] & wide[1:-1, :-2] & wide[1:-1, 2:])
+    inner = wide[:-2, 1:-1] & wide[2:, 1:-1] & wide[1:-1, :-2] & wide[1:-1, 2:]
+    return (mask & ~inner).nonzero() * torch.tensor(unit, dtype=torch.float32, device=mask.device)
 
 
 def nearest(points, others):
@@ -262,9 +261,8 @@ def nearest(points, others):
 def hausdorff95(a, b, scale=(1.0, 1.0)):
     """The larger of the two directed 95th percentiles of the distances between the outlines of two masks (H, W) bool,
     in pixels times scale (y, x); NaN where a mask is empty."""
-    scale = torch.tensor(scale, dtype=torch.float32, device=a.device)
-    a = outline(a).nonzero() * scale
-    b = outline(b).nonzero() * scale
+    a = outline(a, scale)
+    b = outline(b, scale)
     if not len(a) or not len(b):
         return math.nan
     return max(torch.quantile(nearest(a, b), 0.95).item(), torch.quantile(nearest(b, a), 0.95).item())
@@ -284,17 +282,24 @@ def overlap(table):
     return both / (total - both), 2 * both / total
 
 
+def mean_without_nan(values):
+    """Mean of values (n,) that are not NaN, None if all are."""
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if len(defined) else None
+
+
 def class_scores(table):
     """SCORES of one class from its (N, 4) pixels of both, truth and prediction, and HD95. The rule for empty masks: an
     image whose truth and prediction both lack the class is left out of the averages over images; one where a single one
     of the two lacks it counts 0, and is left out of HD95's. None: not defined. With the images that each average is over,
     "n" and "hd95_n", and how many have the class, "lesions", and a prediction that meets it, "found"."""
     iou, dice = overlap(table)
-    values = [iou, dice, *overlap(table[:, :3].sum(0, keepdims=True)), table[:, 3]]
-    scores = {name: common.mean_defined([v for v in value if not math.isnan(v)]) for name, value in zip(SCORES, values)}
-    counts = {"n": np.isfinite(iou), "hd95_n": np.isfinite(table[:, 3]),
-              "lesions": table[:, 1] > 0, "found": table[:, 0] > 0}
-    return {**scores, **{name: int(flags.sum()) for name, flags in counts.items()}}
+    iou_set, dice_set = overlap(table.sum(0, keepdims=True))
+    hd95 = table[:, 3]
+    return {"iou": mean_without_nan(iou), "dice": mean_without_nan(dice), "iou_set": mean_without_nan(iou_set),
+            "dice_set": mean_without_nan(dice_set), "hd95": mean_without_nan(hd95),
+            "n": int(np.isfinite(iou).sum()), "hd95_n": int(np.isfinite(hd95).sum()),
+            "lesions": int((table[:, 1] > 0).sum()), "found": int((table[:, 0] > 0).sum())}
 
 
 def score_masks(table, classes):
@@ -310,7 +315,7 @@ def headline_interval(table, headline, groups):
     scores = overlap(table[:, 1:])[SCORES.index(headline)]
 
     def average(rows):
-        return common.mean_defined([v[~np.isnan(v)].mean() for v in scores[rows].T if not np.isnan(v).all()])
+        return common.mean_defined([mean_without_nan(column) for column in scores[rows].T])
     return common.bootstrap_interval(average, len(table), groups)
 
 
@@ -393,7 +398,8 @@ def score_annotators(dataset, predicted):
     for name, truths in experts.items():
         table = np.full((len(rows), classes, 4), math.nan)
         for i in range(len(rows)):
-            truth, mask = (torch.from_numpy(masks[i]).long() for masks in (truths, predicted))
+            truth = torch.from_numpy(truths[i]).long()
+            mask = torch.from_numpy(predicted[i]).long()
             table[i, :, :3] = count_pixels(truth, mask, classes, dataset.ignore)
         scores[name] = score_masks(table, dataset.mask_classes)
     return scores
@@ -425,8 +431,8 @@ def constant_score(dataset, device):
     scores = []
     for c in range(1, len(dataset.mask_classes)):
         share = ((train == c) & known).sum(0) / known.sum(0).clamp(min=1)
-        on_train = {level: iou(train, c, share > level) or 0 for level in np.arange(0, 1, 0.05)}
-        scores.append(iou(grids["test"], c, share > max(on_train, key=on_train.get)))
+        best = max(np.arange(0, 1, 0.05), key=lambda level: iou(train, c, share > level) or 0)
+        scores.append(iou(grids["test"], c, share > best))
     return common.mean_defined(scores)
 
 
@@ -491,39 +497,39 @@ def fit(model, dataset, args, run, folder, pretrained_on):
 def write_predictions(path, dataset, table):
     """predictions.csv of the test split, a row an image, with the columns that are named at the top of this file. table
     (n, C, 4) as for class_scores."""
-    rows = dataset.rows["test"]
     head = ["image", "group"]
-    units, lines = [], []
     for name in dataset.mask_classes[1:]:
         head += [f"{what}_{name}" for what in ("iou", "dice", "hd95", "pixels", "predicted")]
-    for row in rows:
-        units.append(math.prod(pixel_size(dataset.sizes[row], dataset.fit, dataset.side)))
-    areas = table[:, 1:, 1:3] * np.array(units)[:, None, None]
-    iou, dice = overlap(table[:, 1:])
-    columns = np.stack([iou, dice, table[:, 1:, 3], areas[..., 0], areas[..., 1]], 2).reshape(len(rows), -1)
-    for row, values in zip(rows, columns):
-        group = dataset.groups[row] if dataset.groups else ""
-        lines.append([dataset.paths[row], group, *("" if math.isnan(v) else f"{v:.8g}" for v in values)])
+    iou, dice = overlap(table)
+    lines = []
+    for i, row in enumerate(dataset.rows["test"]):
+        area = math.prod(pixel_size(dataset.sizes[row], dataset.fit, dataset.side))
+        line = [dataset.paths[row], dataset.groups[row] if dataset.groups else ""]
+        for c in range(1, len(dataset.mask_classes)):
+            _, truth, predicted, hd95 = table[i, c]
+            values = [iou[i, c], dice[i, c], hd95, truth * area, predicted * area]
+            line += ["" if math.isnan(value) else f"{value:.8g}" for value in values]
+        lines.append(line)
     common.write_table(path, head, lines)
 
 
 def draw_examples(path, dataset, rows, predicted, iou):
     """The test images of the best, the median and the worst IoU (n,): truth yellow, prediction red."""
-    order = [i for i in np.argsort(-iou) if not math.isnan(iou[i])]
-    if not order:
+    order = np.argsort(-iou)[:np.isfinite(iou).sum()]  # NaN comes last
+    if not len(order):
         return
     pictures, outlines, captions = [], [], []
     for name, i in (("best", order[0]), ("median", order[len(order) // 2]), ("worst", order[-1])):
         row = rows[i]
-        mask = torch.from_numpy(dataset.masks[row])
-        truth = ((mask > 0) & known_pixels(mask, dataset.ignore)).numpy()
-        pictures.append(common.in_proportion(dataset.images[row], dataset.sizes[row], dataset.fit, 320))
         size = dataset.sizes[row]
+        mask = torch.tensor(dataset.masks[row])
+        truth = ((mask > 0) & known_pixels(mask, dataset.ignore)).numpy()
+        pictures.append(common.in_proportion(dataset.images[row], size, dataset.fit, 320))
         outlines.append([common.outline_of(truth, size, dataset.fit, YELLOW),
                          common.outline_of(predicted[i] > 0, size, dataset.fit, RED)])
         captions.append(f"{name}: {Path(dataset.paths[row]).name[-24:]}\nIoU {iou[i]:.3f}")
     title = f"{dataset.name}, test: truth yellow, prediction red"
-    common.draw_grid(path, [pictures], [captions], None, title, [outlines], 2)
+    common.draw_grid(path, [pictures], [captions], title=title, outlines=[outlines], inches=2)
 
 
 def test(model, dataset, args, run, folder, columns=slice(None)):
@@ -549,9 +555,11 @@ def test(model, dataset, args, run, folder, columns=slice(None)):
 def tell(dataset, result, chosen):
     """Print the scores of the test. Returns the headline as text."""
     show = common.show
-    lines = {**result["classes"], "mean of foreground": result}
-    common.print_table(["test", *SCORES, *COUNTS], [
-        [name, *(show(line[score]) for score in SCORES), *(line[count] for count in COUNTS)] for name, line in lines.items()])
+    lines = []
+    for name, line in {**result["classes"], "mean of foreground": result}.items():
+        scores = [show(line[score]) for score in SCORES]
+        lines.append([name, *scores, *(line[count] for count in COUNTS)])
+    common.print_table(["test", *SCORES, *COUNTS], lines)
     if result["annotators"]:
         lines = [[name, show(line["iou"]), show(line["dice"])] for name, line in result["annotators"].items()]
         common.print_table(["against", "iou", "dice"], lines)
@@ -598,8 +606,8 @@ def match_masks(dataset, meta):
         say(f"WARNING: the model does not know {common.some(unknown, 14)} of {dataset.name}: its pixels count nowhere")
     number = np.full(256, 255, np.uint8)
     number[0] = 0
-    for value, name in enumerate(dataset.mask_classes[1:], 1):
-        number[value] = names.index(name) if name in shared else 255
+    for name in shared:
+        number[dataset.mask_classes.index(name)] = names.index(name)
     if dataset.ignore is not None:
         number[dataset.ignore] = 255
     dataset.masks = number[dataset.masks]
@@ -646,10 +654,10 @@ def mask_files(source, names):
 @torch.inference_mode()
 def write_masks(model, meta, dataset, files, run):
     """Write this process's share of masks of new images into `files`, each at its image's own size and shape. Returns
-    (height, width, pixels of each class) of every image, (n, 2 + C) int64."""
+    the pixels of each class of every image, (n, C) int64."""
     classes = len(meta["classes"])
     mine = range(run.rank, len(files), run.world)
-    areas = torch.zeros(len(mine), 2 + classes, dtype=torch.int64)
+    areas = torch.zeros(len(mine), classes, dtype=torch.int64)
     for k, row in enumerate(tqdm(mine, "predicting", leave=False, disable=run.rank > 0)):
         # one at a time: a mask does not depend on what else is predicted
         image = common.read_batch(dataset.images, [row])
@@ -659,19 +667,22 @@ def write_masks(model, meta, dataset, files, run):
         square = full_size(logits[0], (box_height, box_width)).cpu().numpy()
         mask = common.from_square(square, height, width, meta["fit"], Image.Resampling.NEAREST)
         write_mask(files[row], mask, classes)
-        areas[k] = torch.tensor([height, width, *np.bincount(mask.ravel(), minlength=classes)])
+        areas[k] = torch.from_numpy(np.bincount(mask.ravel(), minlength=classes))
     return common.gather_rows(areas, len(files), run).numpy()
 
 
-def write_areas(path, classes, names, files, areas):
+def write_areas(path, classes, dataset, files, areas):
     """masks.csv: of each image its mask and size, and of each class its area in pixels and as a share of the image."""
     head = ["image", "mask", "height", "width"]
     for name in classes[1:]:
         head += [f"area_{name}", f"fraction_{name}"]
     lines = []
-    for name, file, (height, width, _, *pixels) in zip(names, files, areas):
-        shares = [[count, f"{count / (height * width):.6f}"] for count in pixels]
-        lines.append([name, f"masks/{file}", height, width, *sum(shares, [])])
+    for row, file in enumerate(files):
+        height, width = dataset.sizes[row]
+        line = [dataset.paths[row], f"masks/{file}", height, width]
+        for area in areas[row, 1:]:
+            line += [area, f"{area / (height * width):.6f}"]
+        lines.append(line)
     common.write_table(path, head, lines)
 
 
@@ -680,8 +691,10 @@ def draw_overlay(path, mask_file, dataset, row):
     picture = common.in_proportion(dataset.images[row], dataset.sizes[row], dataset.fit, 640)
     with Image.open(mask_file) as mask:
         classes = np.asarray(mask.resize((picture.shape[1], picture.shape[0]), Image.Resampling.NEAREST))
-    outlines = [(classes == value, RED if value == 255 else common.COLOURS[(value - 1) % 7])
-                for value in np.unique(classes[classes > 0])]
+    outlines = []
+    for value in np.unique(classes[classes > 0]):
+        colour = RED if value == 255 else common.COLOURS[(value - 1) % 7]
+        outlines.append((classes == value, colour))
     path.parent.mkdir(parents=True, exist_ok=True)
     common.draw_grid(path, [[picture]], outlines=[[outlines]], inches=3)
 
@@ -704,7 +717,7 @@ def predict(args, run):
         partial.rename(masks)
         for row, file in enumerate(files if args.overlay else []):
             draw_overlay(folder / "overlays" / file, masks / file, dataset, row)
-        write_areas(folder / "masks.csv", meta["classes"], dataset.paths, files, areas)
+        write_areas(folder / "masks.csv", meta["classes"], dataset, files, areas)
     if meta["fit"] == "crop":
         say("note: the model sees the centre square of an image; what lies outside of it is background in its mask")
     say(f"written: {folder}/masks.csv and {len(files)} masks")
@@ -736,78 +749,76 @@ def region_scores(truth, predicted, unit=(1.0, 1.0)):
     predicted pixel outside the truth is held against the region nearest to it, so that an image of one region has its
     ordinary IoU. truth, predicted (H, W) bool; unit: height and width of a pixel, in which distances are measured."""
     regions = components(truth)
-    unit = torch.tensor(unit)
-    parts, edges = [], []
-    for k in range(int(regions.max())):
-        parts.append(regions == k + 1)
-        edges.append(outline(parts[k]).nonzero() * unit)
-    false = (predicted & ~truth).nonzero() * unit
-    owner = torch.stack([nearest(false, edge) for edge in edges]).argmin(0) if len(false) else torch.zeros(0)
+    edges = [outline(regions == k, unit) for k in range(1, int(regions.max()) + 1)]
+    false = predicted & ~truth
+    places = false.nonzero() * torch.tensor(unit)
+    unions = regions.clone()
+    unions[false] = torch.stack([nearest(places, edge) for edge in edges]).argmin(0) + 1
     scores = []
-    for k, (part, edge) in enumerate(zip(parts, edges)):
-        union = part.sum() + (owner == k).sum()
-        scores.append((nearest(edge, edges[0]).min().item(), ((predicted & part).sum() / union).item()))
+    for k, edge in enumerate(edges, 1):
+        iou = (predicted & (regions == k)).sum() / (unions == k).sum()
+        scores.append((nearest(edge, edges[0]).min().item(), iou.item()))
     return scores
 
 
-def read_run(folder):
-    """The args.json of a finished run of this stage."""
-    for name in ("args.json", "test_masks", "metrics.json"):
-        if not (folder / name).exists():
-            fail(f"--compare {folder}: not a finished run of segment.py, it has no {name}")
-    stored = json.loads((folder / "args.json").read_text())
-    if stored["stage"] != "segment":
-        fail(f"--compare {folder}: a run of {stored['stage']}.py, not of segment.py")
-    return stored
-
-
 def open_compared(folders):
-    """(dataset, names of the two models) of two runs, which must be on the same data, as they still are."""
-    first, second = (read_run(folder) for folder in folders)
-    if first["data"]["fingerprint"] != second["data"]["fingerprint"]:
-        fail(f"--compare: the runs are on different data, {first['data']['folder']} and {second['data']['folder']}: their "
-             "images, labels, splits or classes differ")
-    dataset = common.open_dataset(first["data"]["folder"])
-    folds = [run["arguments"].get("fold") for run in (first, second)]
+    """(dataset, names of the two models) of two finished runs of this stage, on the same data, which must be as it was."""
+    runs = []
+    for folder in folders:
+        for name in ("args.json", "test_masks", "metrics.json"):
+            if not (folder / name).exists():
+                fail(f"--compare {folder}: not a finished run of segment.py, it has no {name}")
+        runs.append(json.loads((folder / "args.json").read_text()))
+        if runs[-1]["stage"] != "segment":
+            fail(f"--compare {folder}: a run of {runs[-1]['stage']}.py, not of segment.py")
+    first, second = (run["data"] for run in runs)
+    if first["fingerprint"] != second["fingerprint"]:
+        fail(f"--compare: the runs are on different data, {first['folder']} and {second['folder']}: their images, labels, "
+             "splits or classes differ")
+    folds = [run["arguments"].get("fold") for run in runs]
     if folds[0] != folds[1]:
         fail(f"--compare: the runs are tested on different folds, {folds[0]} and {folds[1]}")
+    dataset = common.open_dataset(first["folder"])
     if folds[0] is not None:
         common.choose_fold(dataset, folds[0])
-    if dataset.fingerprint != first["data"]["fingerprint"]:
+    if dataset.fingerprint != first["fingerprint"]:
         fail(f"--compare: {dataset.folder} is not as it was for these runs: its images, labels, splits or classes have "
              "changed")
-    names = [first["arguments"]["arch"], second["arguments"]["arch"]]
+    names = [run["arguments"]["arch"] for run in runs]
     return dataset, names if names[0] != names[1] else [folder.name for folder in folders]
 
 
 def regions_by_distance(dataset, rows, truths, predictions):
-    """{bin of BINS: [(IoU of A, IoU of B) of a region of the truth]}."""
+    """{bin of BINS: {"count": regions of the truth, "iou": [mean of A, mean of B], or None}}."""
     pairs = {name: [] for name in BINS}
     for i, row in enumerate(rows):
         if not truths[i].any():
             continue
-        size = dataset.sizes[row]
-        unit = pixel_size(size, dataset.fit, dataset.side)
-        scores = [region_scores(truths[i], masks[i], unit) for masks in predictions]
-        for k, ((distance, a), (_, b)) in enumerate(zip(*scores)):
-            share = distance / math.hypot(*size)
-            name = next(name for name, end in BINS.items() if k == 0 or 0 < share <= end)
+        unit = pixel_size(dataset.sizes[row], dataset.fit, dataset.side)
+        first, second = (region_scores(truths[i], masks[i], unit) for masks in predictions)
+        for (distance, a), (_, b) in zip(first, second):
+            share = distance / math.hypot(*dataset.sizes[row])
+            name = next(name for name, end in BINS.items() if share <= end)
             pairs[name].append((a, b))
-    return pairs
+    regions = {}
+    for name, found in pairs.items():
+        regions[name] = {"count": len(found), "iou": np.mean(found, 0).tolist() if found else [None, None]}
+    return regions
 
 
-def draw_regions(path, pairs, names):
+def draw_regions(path, regions, names):
     """Mean IoU of both models by the distance of a region from its image's largest."""
     figure, axes = common.new_figure(path, 4.5, 2.8)
     if figure is None:
         return
+    axis = axes[0, 0]
     for k, name in enumerate(names):
-        heights = [np.mean([pair[k] for pair in found]) if found else 0 for found in pairs.values()]
-        axes[0, 0].bar(np.arange(len(pairs)) + 0.4 * k - 0.2, heights, 0.37, label=name)
-    axes[0, 0].set_xticks(range(len(pairs)), [f"{name}\n({len(found)})" for name, found in pairs.items()])
-    axes[0, 0].set(ylim=(0, 1), ylabel="mean IoU", xlabel="distance from the image's largest region, share of its "
-                   "diagonal\n(number of regions)")
-    axes[0, 0].legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
+        heights = [part["iou"][k] or 0 for part in regions.values()]
+        axis.bar(np.arange(len(regions)) + 0.4 * k - 0.2, heights, 0.37, label=name)
+    axis.set_xticks(range(len(regions)), [f"{name}\n({part['count']})" for name, part in regions.items()])
+    axis.set(ylim=(0, 1), ylabel="mean IoU",
+             xlabel="distance from the image's largest region, share of its diagonal\n(number of regions)")
+    axis.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
     common.save_figure(figure, path)
 
 
@@ -827,14 +838,15 @@ def compare(args, run):
     predictions, iou = [], []
     for folder in folders:
         masks = torch.from_numpy(read_masks(folder / "test_masks", rows, len(dataset.mask_classes)) > 0) & known
-        counts = torch.stack([(truths & masks).sum((1, 2)), truths.sum((1, 2)), masks.sum((1, 2))], 1)
+        both = (truths & masks).sum((1, 2)).double()
         predictions.append(masks)
-        iou.append(overlap(counts.double().numpy())[0])
-    iou = np.array(iou)
-
-    order = [i for i in np.argsort(iou[0] - iou[1], kind="stable") if np.isfinite(iou[:, i]).all()]
-    if not order:
+        iou.append((both / (truths | masks).sum((1, 2))).numpy())
+    iou = np.array(iou)  # (2, n), NaN where there is neither a truth nor a prediction
+    difference = iou[0] - iou[1]
+    order = np.argsort(difference, kind="stable")[:np.isfinite(difference).sum()]  # NaN comes last
+    if not len(order):
         fail("--compare: no test image has a mask")
+
     middle = len(order) // 2
     pictures, outlines, captions = [], [], []
     for i in dict.fromkeys([*order[:2], *order[max(0, middle - 1):middle + 1], *order[-2:]]):
@@ -846,20 +858,20 @@ def compare(args, run):
         pictures.append([picture] * 4)
         outlines.append([[], [truth, a], [truth, b], [truth, a, b]])
         captions.append([Path(dataset.paths[rows[i]]).name, (f"{names[0]}  IoU {iou[0, i]:.3f}", BLUE),
-                         (f"{names[1]}  IoU {iou[1, i]:.3f}", RED), f"difference {iou[0, i] - iou[1, i]:+.3f}"])
+                         (f"{names[1]}  IoU {iou[1, i]:.3f}", RED), f"difference {difference[i]:+.3f}"])
     output.parent.mkdir(parents=True, exist_ok=True)
-    common.draw_grid(output, pictures, captions, outlines=outlines, inches=1.6, title=(
-        f"{dataset.name}, test: truth yellow, {names[0]} blue, {names[1]} red; sorted by the difference"))
+    title = f"{dataset.name}, test: truth yellow, {names[0]} blue, {names[1]} red; sorted by the difference"
+    common.draw_grid(output, pictures, captions, outlines=outlines, inches=1.6, title=title)
 
-    pairs = regions_by_distance(dataset, rows, truths, predictions)
-    draw_regions(output.with_suffix(".regions.png"), pairs, names)
+    regions = regions_by_distance(dataset, rows, truths, predictions)
+    draw_regions(output.with_suffix(".regions.png"), regions, names)
     mean_iou = iou[:, order].mean(1).tolist()  # over the images on which both are defined
-    means = {name: np.mean(found, 0).tolist() if found else [None, None] for name, found in pairs.items()}
-    common.write_json(output.with_suffix(".json"), {
-        "runs": args.compare, "names": names, "iou": mean_iou,
-        "regions": {name: {"count": len(pairs[name]), "iou": means[name]} for name in BINS}})
-    lines = [[name, len(pairs[name]), *map(common.show, means[name])] for name in BINS]
-    common.print_table(["mean IoU", "regions", *names], [["images", len(order), *map(common.show, mean_iou)], *lines])
+    content = {"runs": args.compare, "names": names, "iou": mean_iou, "regions": regions}
+    common.write_json(output.with_suffix(".json"), content)
+    lines = [["images", len(order), *map(common.show, mean_iou)]]
+    for name, part in regions.items():
+        lines.append([name, part["count"], *map(common.show, part["iou"])])
+    common.print_table(["mean IoU", "regions", *names], lines)
     say(f"written: {output}, {output.with_suffix('.regions.png')}, {output.with_suffix('.json')}")
 
 
@@ -879,9 +891,9 @@ def main():
     common.note_enlarged(dataset, args.image_size, dataset.side)
     if len(dataset.rows["train"]) < args.batch_size:
         fail(f"--batch-size {args.batch_size} is more than the {len(dataset.rows['train'])} training images")
-    model, pretrained_on = build_segmenter(args.arch, args.init, args.image_size, args.output_stride,
-                                           len(dataset.mask_classes), args.seed, args.init_key, args.init_stats,
-                                           args.patch_size)
+    model, pretrained_on = build_segmenter(
+        args.arch, args.init, args.image_size, args.output_stride, len(dataset.mask_classes), seed=args.seed,
+        init_key=args.init_key, init_stats=args.init_stats, patch_size=args.patch_size)
     if not args.init_stats:
         common.keep_classifier(model, "classifier.", args.init, dataset.mask_classes, "masks")
     model = common.to_device(model, run)

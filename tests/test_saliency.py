@@ -258,12 +258,12 @@ def test_masks_of_a_csv_dataset_and_multilabel(csv_source, tmp_path):
     run, = metrics(tmp_path / "out")["runs"]
     assert run["images"] == 15 and 0 <= run["right"] <= 1 and 0 < run["map"]["energy"]["mean"] < 1
     (tmp_path / "data" / "masks.npy").unlink()
-    stage("saliency.py", "--runs", "run", "run/model.pt", *data, "--score-images", "3", "--images", "2",
+    stage("saliency.py", "--runs", "run", "run/model.pt", "run/model.pt", *data, "--score-images", "3", "--images", "2",
           "--output", "plain", *TINY[2:], cwd=tmp_path)
     result = metrics(tmp_path / "plain")
-    assert ([one["images"] for one in result["runs"]] == [3, 3]
-            and len({one["name"] for one in result["runs"]}) == 2)
-    assert len(list((tmp_path / "plain").glob("maps-*.npz"))) == 2
+    assert ([one["images"] for one in result["runs"]] == [3, 3, 3]
+            and len({one["name"] for one in result["runs"]}) == 3)
+    assert len(list((tmp_path / "plain").glob("maps-*.npz"))) == 3
 
 
 def test_images_of_one_name_keep_their_own_masks(tmp_path):
