@@ -437,24 +437,15 @@ img{max-width:100%;height:auto}figure{margin:1.5rem 0}figcaption{color:#555;max-
 pre{white-space:pre-wrap;overflow-wrap:anywhere;background:#f6f6f6;padding:.5rem;font-size:.8em}"""
 
 
-def heading(text, level=2):
-    """A heading of the page."""
-    return f"<h{level}>{html.escape(text)}</h{level}>"
-
-
-def paragraph(text):
-    """A paragraph."""
-    return f"<p>{html.escape(text)}</p>"
+def tag(name, text):
+    """An element of the page with text in it."""
+    return f"<{name}>{html.escape(text)}</{name}>"
 
 
 def bullets(lines):
     """A list of lines."""
-    return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
-
-
-def code(lines):
-    """Lines of code."""
-    return f"<pre>{html.escape(chr(10).join(lines))}</pre>"
+    items = [tag("li", line) for line in lines]
+    return "<ul>" + "".join(items) + "</ul>"
 
 
 def table_of(head, rows, caption=""):
@@ -466,24 +457,23 @@ def table_of(head, rows, caption=""):
             style = "warn " * cell.startswith(WARN) + "long" * (len(cell) > 50)
             cells.append(f'<td class="{style}">{html.escape(cell)}')
         lines.append("".join(cells))
-    return paragraph(caption) + "<div><table><tr>" + "<tr>".join(lines) + "</table></div>"
+    return tag("p", caption) + "<div><table><tr>" + "<tr>".join(lines) + "</table></div>"
 
 
 def figure_of(file, caption):
-    """A picture with its caption, in the page itself; file None: no run has it."""
+    """A PNG with its caption, in the page itself; one that is not there is missing."""
     text = html.escape(caption)
-    if not file:
+    if not file.exists():
         return f'<p class="warn">{text} Missing: no run has it.</p>'
-    kind = "svg+xml" if file.suffix == ".svg" else "png"
     data = base64.b64encode(file.read_bytes()).decode()
-    return (f'<figure><img alt="{text}" src="data:image/{kind};base64,{data}"><figcaption>{text}</figcaption></figure>')
+    return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
 
 
 def write_page(path, title, parts):
     """report.html from the parts of its body."""
     head = ('<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
             f"<title>{html.escape(title)}</title><style>{STYLE}</style>")
-    page = f'<!doctype html><html lang="en">{head}{heading(title, 1)}' + "\n".join(parts) + "</html>\n"
+    page = f'<!doctype html><html lang="en">{head}{tag("h1", title)}' + "\n".join(parts) + "</html>\n"
     common.write_atomic(path, lambda part: part.write_text(page, "utf-8"))
 
 
@@ -661,7 +651,7 @@ def other_tables(runs):
                            "for rotation and scale) and the distance that its weights moved, over their norm; means of layers")
                 parts += [table_of(*reuse_table(run), caption)] if run["pairs"] else []
         except (KeyError, TypeError, IndexError) as error:
-            parts.append(paragraph(f"{run['folder'].name}: its metrics.json lacks what a table needs ({error!r})."))
+            parts.append(tag("p", f"{run['folder'].name}: its metrics.json lacks what a table needs ({error!r})."))
     return parts
 
 
@@ -671,17 +661,17 @@ EMPTY_MASKS = ("An image without the class, in which none is predicted, counts n
                "Dice are 0 and the image is left out of HD95. A lesion is found where the prediction meets it.")
 BARS = ("Error bars: one standard deviation over seeds or, of a single seed, the 95 % interval over test "
         "images.")
-CAPTIONS = [
-    f"Test score by starting weights, median over seeds. {BARS}",
-    "Segmentation of test images: the truth in yellow, one model in blue, the other in red, where they differ most and "
-    "where they differ little.",
-    f"Test score against the number of parameters, median over seeds. {BARS}",
-    "Where the models look, on the same test images: Grad-CAM of a CNN, attention of a ViT's class token, each with the "
-    "class that the model predicts and its probability.",
-    "How far attention reaches in each block, in pixels of the image: a point per head; the dashed line is what uniform "
-    "attention would have.",
-    "What each layer holds: the k-NN score of its features over relative depth; and of each model and its start, CKA of each "
-    "layer with itself, how far its weights moved, and CKA of all layers of the one with all of the other."]
+CAPTIONS = {
+    1: f"Test score by starting weights, median over seeds. {BARS}",
+    2: "Segmentation of test images: the truth in yellow, one model in blue, the other in red, where they differ most and "
+       "where they differ little.",
+    3: f"Test score against the number of parameters, median over seeds. {BARS}",
+    4: "Where the models look, on the same test images: Grad-CAM of a CNN, attention of a ViT's class token, each with the "
+       "class that the model predicts and its probability.",
+    5: "How far attention reaches in each block, in pixels of the image: a point per head; the dashed line is what uniform "
+       "attention would have.",
+    6: "What each layer holds: the k-NN score of its features over relative depth; and of each model and its start, CKA of each "
+       "layer with itself, how far its weights moved, and CKA of all layers of the one with all of the other."}
 
 
 def error_bars(found):
@@ -771,32 +761,40 @@ def join_pictures(files, path, side_by_side):
 
 
 def figures(runs, groups, output, kind):
-    """Draw figures 1 and 3 as PNG and as `kind`, copy the others from their stages: parts of the page, figures drawn."""
-    notes = [""] * len(CAPTIONS)
+    """Draw figures 1 and 3 as PNG and as `kind`, copy the others from their stages; parts of the page."""
     for file in output.glob("figure[1-6].*"):
         file.unlink()  # an earlier report may have had it
     for suffix in {"png", kind}:
         draw_bars(output / f"figure1.{suffix}", groups)
         draw_capacity(output / f"figure3.{suffix}", groups)
-    compared, notes[1] = newest([(run["dataset"], record.with_suffix(".png")) for run in runs
-                                 for record in run["folder"].parent.glob("comparison*.json")])
-    looked, notes[3] = newest([(run["dataset"], run["folder"] / "saliency.png") for run in runs])
-    reached, notes[4] = newest([(run["dataset"], run["folder"] / "attn_distance.png") for run in runs])
-    layered, notes[5] = newest([(run["dataset"], run["folder"] / "layers.png") for run in runs])
-    for number_of, files in ((2, compared), (4, looked), (5, reached), (6, layered)):
+
+    pictures = defaultdict(list)  # of each figure, [(dataset, file)]
+    for run in runs:
+        for record in run["folder"].parent.glob("comparison*.json"):
+            pictures[2].append((run["dataset"], record.with_suffix(".png")))
+        for k, name in ((4, "saliency.png"), (5, "attn_distance.png"), (6, "layers.png")):
+            pictures[k].append((run["dataset"], run["folder"] / name))
+    notes = dict.fromkeys(CAPTIONS, "")
+    for k, found in pictures.items():
+        files, notes[k] = newest(found)
         if files:
-            join_pictures(files, output / f"figure{number_of}.png", side_by_side=number_of == 4)
-    for file in compared:
-        try:
-            record = json.loads(file.with_suffix(".json").read_text())
-            scores = [f"{name} has a mean IoU of {number(iou)}" for name, iou in zip(record["names"], record["iou"])]
-            notes[1] += f" {', '.join(scores)}."
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            notes[1] += f" {file.with_suffix('.json')} cannot be read ({error!r})."
-    files = [output / f"figure{k + 1}.png" for k in range(len(CAPTIONS))]
-    files = [file if file.exists() else None for file in files]
-    parts = [figure_of(file, f"Figure {k + 1}. {CAPTIONS[k]}{notes[k]}") for k, file in enumerate(files)]
-    return parts, sum(file is not None for file in files)
+            join_pictures(files, output / f"figure{k}.png", side_by_side=k == 4)
+        if k == 2:
+            notes[k] += "".join(map(compared_in, files))
+    return [figure_of(output / f"figure{k}.png", f"Figure {k}. {caption}{notes[k]}") for k, caption in CAPTIONS.items()]
+
+
+def compared_in(file):
+    """The scores of the two models in a picture of segment.py --compare, as a sentence."""
+    record = file.with_suffix(".json")
+    try:
+        content = json.loads(record.read_text())
+        scores = []
+        for name, iou in zip(content["names"], content["iou"]):
+            scores.append(f"{name} has a mean IoU of {number(iou)}")
+        return f" {', '.join(scores)}."
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f" {record} cannot be read ({error!r})."
 
 
 # ---------------------------------------------------------------- sections ----------------------------------
@@ -833,9 +831,9 @@ def section_of(key, members, table):
     pairs = comparisons(table)
     kinds = list(dict.fromkeys(cell[0] for cell in table))
     what = "segmentation" if "segment" in kinds else "classification"
-    parts = [heading(f"{key[0]}: {what}, by {key[3]}"), *map(paragraph, introduction(key, members, table))]
+    parts = [tag("h2", f"{key[0]}: {what}, by {key[3]}"), *(tag("p", text) for text in introduction(key, members, table))]
     for question, lines in answers(table, pairs).items():
-        parts += [heading(question, 3), bullets(lines)]
+        parts += [tag("h3", question), bullets(lines)]
     for kind in kinds:
         k = k_of({i: run for cell, by_seed in table.items() if cell[0] == kind for i, run in enumerate(by_seed.values())})
         parts.append(table_of(*score_table(table, kind), f"Table: {STAGES[kind]}{k}, test {key[3]}: median ± standard "
@@ -889,8 +887,9 @@ def closing_parts(runs, troubles):
         if args:
             machines.add(", ".join([str(args.get("device")), *map(" ".join, args.get("versions", {}).items())]))
     count = f"{len(runs)} complete, {len(troubles)} failed, incomplete, damaged or left out."
-    return [heading("Health of each run"), table_of(["run", "state", "seconds"], states + healthy, count),
-            heading("Commands and versions"), *map(paragraph, sorted(machines)), code(commands)]
+    return [tag("h2", "Health of each run"), table_of(["run", "state", "seconds"], states + healthy, count),
+            tag("h2", "Commands and versions"), *(tag("p", machine) for machine in sorted(machines)),
+            tag("pre", "\n".join(commands))]
 
 
 def write_results(output, runs):
@@ -936,18 +935,18 @@ def main():
     classified = [(key, table) for key, table in tables if any(cell[0] != "segment" for cell in table)]
     datasets = list(dict.fromkeys(key[0] for key, _ in tables))
     if max(len(classified), len(tables) - len(classified)) > 1:
-        parts = [heading("Runs that do not belong together"), paragraph(
+        parts = [tag("h2", "Runs that do not belong together"), tag("p",
             "These differ in dataset, split, image size or headline metric. They are tabulated and drawn apart and never "
             "averaged:"), bullets(["{}, split {}, {} pixels, {}".format(*key) for key, _ in tables]), *parts]
     for kind in ("knn_eval", "finetune"):
         if len({key[0] for key, table in classified if any(cell[0] == kind for cell in table)}) > 1:
             caption = f"Table 1: {STAGES[kind]}, test score by start and model on every dataset"
             parts = [table_of(*table_of_datasets(classified, kind), caption), *parts]
-    made, drawn = figures(runs, classified, output, args.format)
+    made = figures(runs, classified, output, args.format)
     others = other_tables(runs)
     if others:
-        parts += [heading("Pretraining, saliency, attention, layers"), *others]
-    parts += [heading("Figures"), *made, *closing_parts(runs, troubles)]
+        parts += [tag("h2", "Pretraining, saliency, attention, layers"), *others]
+    parts += [tag("h2", "Figures"), *made, *closing_parts(runs, troubles)]
     title = f"{', '.join(datasets) or 'Runs'}: a pretrained ViT, or a CNN?"
     write_page(output / "report.html", title, parts)
 
@@ -958,6 +957,7 @@ def main():
             say("")
     for folder, trouble in troubles:
         print(f"note: {folder}: {trouble}", file=sys.stderr)
+    drawn = len(list(output.glob("figure[1-6].png")))
     say(f"written: {output}/report.html, results.csv and {drawn} of {len(CAPTIONS)} figures")
 
 
