@@ -16,6 +16,7 @@ import json
 import math
 import sys
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,24 @@ def differences(one, other):
             if one.get(name) != other.get(name)]
 
 
+def grouped(items, key):
+    """{key(item): [items that share it]}, in the order in which they come."""
+    groups = defaultdict(list)
+    for item in items:
+        groups[key(item)].append(item)
+    return groups
+
+
+def one_each(runs, name, spare):
+    """{value of `name`: run}; of two runs with the same value the second goes to `spare`, with the reason."""
+    chosen = {}
+    for run in runs:
+        twin = chosen.setdefault(run[name], run)
+        if twin is not run:
+            spare.append((run, f"another run of {name} {run[name]}, as {twin['folder'].name}"))
+    return chosen
+
+
 def cells(runs):
     """({(kind, arch, init): {seed: run}} of the scored runs, [(run, why it is left out)]); cells in the order of STAGES,
     of INITS, then CNNs before ViTs, by size. Runs of one cell must have been made alike: the most numerous that were
@@ -189,128 +208,133 @@ def summary(by_seed, name=None):
     return median, error, len(values)
 
 
+@dataclass
+class Predictions:
+    """predictions.csv of a run, sorted by path; of joined folds, of all of them."""
+    metric: str
+    paths: np.ndarray  # (n,) str
+    groups: np.ndarray  # (n,) str: the patient, or else the path
+    labels: np.ndarray | None  # (n,) classes or (n, L) 0/1; None of a segmentation
+    values: np.ndarray  # (n, C) probabilities or, of a segmentation, scores of each class, NaN where they are not defined
+
+    def score(self, rows, other=None):
+        """The metric over images `rows` (n,) int, None where it is not defined; of a segmentation over those images that
+        are defined in `other` Predictions too."""
+        values = self.values[rows]
+        if self.labels is not None:
+            task = "classes" if self.labels.ndim == 1 else "multilabel"
+            return common.metric(self.metric, task, self.labels[rows], values)
+        if other is not None:
+            values = np.where(np.isnan(other.values[rows]), math.nan, values)
+        mean = np.ma.masked_invalid(values).mean(0).mean()
+        return None if mean is np.ma.masked else float(mean)
+
+
 def read_predictions(run):
-    """Of a run's predictions.csv, sorted by path: (paths, groups, labels (n,) or 0/1 (n, L), probabilities (n, C)) or, of
-    a segmentation, (paths, groups, None, scores of each class (n, C), NaN where they are not defined). Of joined folds, of
-    all of them."""
+    """Predictions of a run, of joined folds of all its "parts"; None where a file is not there or cannot be read."""
     rows = []
-    for part in run.get("parts", [run]):
-        with open(part["folder"] / "predictions.csv", newline="") as lines:
-            head, *own = csv.reader(lines)
-        rows += own
-    rows.sort()
-    paths = [row[0] for row in rows]
-    groups = [row[1] or row[0] for row in rows]
-    if run["kind"] == "segment":
-        columns = [i for i, name in enumerate(head) if name.startswith(f"{run['metric']}_")]
-        return paths, groups, None, np.array([[float(row[i] or "nan") for i in columns] for row in rows])
-    if "label" in head:
-        classes = head[head.index("predicted") + 1:]
-        labels = np.array([classes.index(row[head.index("label")]) for row in rows])
-    else:
-        count = (len(head) - 2) // 2
-        labels = np.array([row[2:2 + count] for row in rows], float)
-        classes = head[2 + count:]
-    return paths, groups, labels, np.array([row[-len(classes):] for row in rows], float)
-
-
-def image_scores(run):
-    """(paths, groups, score, defined) of a run's predictions.csv: score(rows (n,) int, elsewhere) is its headline metric
-    over these images, NaN where that is not defined; of a segmentation over those that are also defined `elsewhere`, as
-    `defined` (n, C) bool says of this run. None where the file is not there or cannot be read."""
     try:
-        paths, groups, labels, values = read_predictions(run)
-    except (OSError, ValueError, IndexError, KeyError):
+        for part in run.get("parts", [run]):
+            with open(part["folder"] / "predictions.csv", newline="") as lines:
+                head, *own = csv.reader(lines)
+            rows += own
+        table = np.array(sorted(rows), object)
+        paths = table[:, 0]
+        groups = np.where(table[:, 1] == "", paths, table[:, 1])
+        if run["kind"] == "segment":
+            columns = [name.startswith(f"{run['metric']}_") for name in head]
+            labels, values = None, np.where(table == "", "nan", table)[:, columns]
+        elif "label" in head:
+            classes = head[head.index("predicted") + 1:]
+            labels = np.array([classes.index(label) for label in table[:, head.index("label")]])
+            values = table[:, -len(classes):]
+        else:
+            count = (len(head) - 2) // 2
+            labels, values = table[:, 2:2 + count].astype(float), table[:, 2 + count:]
+        return Predictions(run["metric"], paths, groups, labels, values.astype(float))
+    except (OSError, ValueError, IndexError):
         return None
-    defined = ~np.isnan(values)
-
-    def score(rows, elsewhere=None):
-        if labels is None:
-            counted = defined[rows] if elsewhere is None else defined[rows] & elsewhere[rows]
-            return float(np.ma.array(values[rows], mask=~counted).mean(0).mean())
-        task = "classes" if labels.ndim == 1 else "multilabel"
-        value = common.metric(run["metric"], task, labels[rows], values[rows])
-        return math.nan if value is None else value
-    return (paths, groups, score, defined) if paths else None
 
 
-def own_scores(run):
-    """image_scores of a run; None where they do not give the run's own score."""
-    scores = image_scores(run)
+def own_predictions(run):
+    """Predictions of a run; None where they do not give the run's own score."""
     own = headline(run)
-    fits = scores and own is not None and abs(scores[2](np.arange(len(scores[0]))) - own) < 1e-3
-    return scores if fits else None
+    predictions = read_predictions(run)
+    if own is None or predictions is None:
+        return None
+    again = predictions.score(np.arange(len(predictions.paths)))
+    return predictions if again is not None and abs(again - own) < 1e-3 else None
 
 
 def paired_difference(first, second, resamples=500):
     """Mean over common seeds of headline(first) - headline(second): (difference, [low, high] or None, seeds, test
     images), None without a common seed. The 95 % percentile interval resamples seeds and test images, the same for
     both; without predictions of the same images (0 images), the seeds alone."""
-    seeds = [seed for seed in sorted(first.keys() & second.keys(), key=str)
-             if None not in (headline(first[seed]), headline(second[seed]))]
-    if not seeds:
+    pairs = []  # of each seed, the two runs
+    for seed in sorted(first.keys() & second.keys(), key=str):
+        if None not in (headline(first[seed]), headline(second[seed])):
+            pairs.append((first[seed], second[seed]))
+    if not pairs:
         return None
-    differences = [headline(first[seed]) - headline(second[seed]) for seed in seeds]
-    pairs = [(own_scores(first[seed]), own_scores(second[seed])) for seed in seeds]
-    paths = [scores[0] for pair in pairs for scores in pair if scores]
-    same = len(paths) == 2 * len(seeds) and all(path == paths[0] for path in paths)
-    images = len(paths[0]) if same else 0
-    if images:  # of a segmentation, over the images on which both are defined
-        rows = np.arange(images)
-        differences = [a[2](rows, b[3]) - b[2](rows, a[3]) for a, b in pairs]
+    predictions = [(own_predictions(a), own_predictions(b)) for a, b in pairs]
+    known = list(itertools.chain(*predictions))
+    same = all(known) and all(np.array_equal(known[0].paths, each.paths) for each in known)
+    images = len(known[0].paths) if same else 0
+
+    def difference(seed, rows):
+        """Of one of the pairs, over some images; of a segmentation over those on which both are defined."""
+        if not images:
+            return headline(pairs[seed][0]) - headline(pairs[seed][1])
+        a, b = predictions[seed]
+        scores = a.score(rows, b), b.score(rows, a)
+        return math.nan if None in scores else scores[0] - scores[1]
+
     rng = np.random.default_rng(0)
+    seeds = len(pairs)
     values = []
-    for _ in range(resamples if images or len(seeds) > 1 else 0):
-        chosen = rng.integers(len(seeds), size=len(seeds)).tolist()
-        drawn = differences
-        if images:
-            rows = rng.integers(images, size=images)
-            drawn = {}
-            for i in set(chosen):
-                a, b = pairs[i]
-                drawn[i] = a[2](rows, b[3]) - b[2](rows, a[3])
-        values.append(np.mean([drawn[i] for i in chosen]))
+    for _ in range(resamples if images or seeds > 1 else 0):
+        chosen = rng.integers(seeds, size=seeds).tolist()
+        rows = rng.integers(images, size=images)
+        drawn = {seed: difference(seed, rows) for seed in set(chosen)}
+        values.append(np.mean([drawn[seed] for seed in chosen]))
     defined = [value for value in values if not math.isnan(value)]
     interval = np.percentile(defined, [2.5, 97.5]).tolist() if len(defined) * 2 > resamples else None
-    return float(np.mean(differences)), interval, len(seeds), images
+    whole = [difference(seed, np.arange(images)) for seed in range(seeds)]
+    return float(np.mean(whole)), interval, seeds, images
 
 
 def join_folds(runs):
     """(runs, [(run, why it is left out)]): the runs of all folds of a model and a seed have become one, whose test is over
     all images, each as predicted by the run that has not seen it."""
-    joined, spare, groups = [], [], defaultdict(dict)
+    joined, folded, spare = [], [], []
     for run in runs:
         if run.get("fold") is None or run["kind"] not in STAGES or run.get("trained_on"):
             joined.append(run)
-            continue
-        made = json.dumps(recipe(run), sort_keys=True)
-        names = ("kind", "dataset", "split", "image_size", "metric", "arch", "init", "seed")
-        by_fold = groups[made, *(run.get(name) for name in names)]
-        if run["fold"] in by_fold:
-            spare.append((run, f"another run of fold {run['fold']}, as {by_fold[run['fold']]['folder'].name}"))
         else:
-            by_fold[run["fold"]] = run
-    for by_fold in groups.values():
+            folded.append(run)
+
+    def model(run):
+        names = ("kind", "dataset", "split", "image_size", "metric", "arch", "init", "seed")
+        return *map(run.get, names), json.dumps(recipe(run), sort_keys=True)
+    for group in grouped(folded, model).values():
+        by_fold = one_each(group, "fold", spare)
         parts = [by_fold[fold] for fold in sorted(by_fold)]
         count = parts[0].get("folds")
+        predictions = read_predictions({**parts[0], "parts": parts})
         if len(parts) != count:
             there = ", ".join(map(str, sorted(by_fold)))
             spare += [(part, f"of {count} folds only {there} can be joined") for part in parts]
-            continue
-        scores = image_scores({**parts[0], "parts": parts})
-        if scores is None:
+        elif predictions is None:
             spare += [(part, "a predictions.csv of its folds cannot be read") for part in parts]
         else:
-            joined.append(join(parts, scores))
+            joined.append(join(parts, predictions))
     return joined, spare
 
 
-def join(parts, scores):
-    """One run out of those of all folds, with the image_scores of all of them. Scores other than the headline are means over
+def join(parts, predictions):
+    """One run out of those of all folds, with the Predictions of all of them. Scores other than the headline are means over
     folds, counts are sums."""
-    whole = {**parts[0], "parts": parts, "folder": Path(f"{parts[0]['folder']} to f{parts[-1]['fold']}")}
-    whole["dataset"] = f"{whole['dataset']}, {len(parts)} folds"  # never averaged with runs on the split
-    paths, groups, score, _ = scores
+    metric = parts[0]["metric"]
     tests = [part["test"] for part in parts]
     test = {}
     for name in tests[0]:
@@ -318,22 +342,23 @@ def join(parts, scores):
         if all(isinstance(value, (int, float)) for value in values):
             test[name] = sum(values) if name in ("n", "hd95_n", "lesions", "found") else float(np.mean(values))
 
-    def defined(rows):
-        value = score(rows)
-        return None if math.isnan(value) else value
-    grouped = groups if groups != paths else None
-    test[whole["metric"]] = defined(np.arange(len(paths)))
-    test["interval"] = common.bootstrap_interval(defined, len(paths), grouped)
-    absent = [set(each.get("undefined", [])) for each in tests]
-    test["undefined"] = sorted(set.intersection(*absent))  # in every fold
+    count = len(predictions.paths)
+    grouped_by = None if np.array_equal(predictions.groups, predictions.paths) else predictions.groups
+    test[metric] = predictions.score(np.arange(count))
+    test["interval"] = common.bootstrap_interval(predictions.score, count, grouped_by)
+    undefined = [set(each.get("undefined", [])) for each in tests]
+    test["undefined"] = sorted(set.intersection(*undefined))  # in every fold
     test["beats_guess"] = None
     if test["interval"] and test.get("guess") is not None:
         test["beats_guess"] = test["interval"][0] > test["guess"]
     classes = {each.get("one_class") for each in tests}
     test["one_class"] = classes.pop() if len(classes) == 1 else None
-    whole["val"] = {whole["metric"]: common.mean_defined([part["val"].get(whole["metric"]) for part in parts])}
-    whole["seconds"] = sum(part.get("seconds") or 0 for part in parts)
-    return {**whole, "test": test, "counts": {"cross-validated": len(paths)}, "fold": None}
+
+    return {**parts[0], "parts": parts, "test": test, "counts": {"cross-validated": count}, "fold": None,
+            "dataset": f"{parts[0]['dataset']}, {len(parts)} folds",  # never averaged with runs on the split
+            "folder": Path(f"{parts[0]['folder']} to f{parts[-1]['fold']}"),
+            "val": {metric: common.mean_defined([part["val"].get(metric) for part in parts])},
+            "seconds": sum(part.get("seconds") or 0 for part in parts)}
 
 
 def comparisons(table):
