@@ -178,10 +178,9 @@ def shared(run):
 
 
 def cells(runs):
-    """([Cell], [(run, why it is left out)]) of the scored runs, setting by setting: those with most runs first, segmentation
-    last. Runs of one cell must have been made alike: the most numerous that were are taken, and those that do not say how
-    they were made."""
-    found, spare, count = [], [], Counter()
+    """([Cell], [(run, why it is left out)]) of the scored runs, setting by setting: segmentation last, else those with most
+    runs first. Of runs that should make a cell but were made otherwise, the most numerous do."""
+    result, spare, sizes = [], [], Counter()
     scored = [run for run in runs if run["kind"] in STAGES]
     for names, group in grouped(scored, shared).items():
         recipes = list(map(recipe, group))
@@ -189,7 +188,7 @@ def cells(runs):
         alike = []
         for run, made in zip(group, recipes):
             differ = []
-            for name in sorted({*made, *usual}) if made else []:
+            for name in sorted({*made, *usual}) if made else []:  # one that does not say how it was made is taken
                 if made.get(name) != usual.get(name):
                     differ.append(f"{name} {made.get(name)}, not {usual.get(name)}")
             if differ:
@@ -197,11 +196,11 @@ def cells(runs):
             else:
                 alike.append(run)
         cell = Cell(*names, list(one_each(alike, "seed", spare).values()))
-        count[cell.setting] += len(group)
-        found.append(cell)
-    settings = sorted(count, key=count.get, reverse=True)
-    found.sort(key=lambda cell: (cell.kind == "segment", settings.index(cell.setting), *cell.rank))
-    return found, spare
+        sizes[cell.setting] += len(group)
+        result.append(cell)
+    settings = sorted(sizes, key=sizes.get, reverse=True)
+    result.sort(key=lambda cell: (cell.kind == "segment", settings.index(cell.setting), *cell.rank))
+    return result, spare
 
 
 def archs_of(cells):
@@ -229,8 +228,10 @@ def summary(runs, name=None):
     if len(values) > 1:
         deviation = float(np.std(values, ddof=1))
         return median, (deviation, deviation), len(values)
-    low, high = (None if name else defined[0]["test"].get("interval")) or (None, None)
-    return median, None if low is None else (median - low, high - median), 1
+    interval = defined[0]["test"].get("interval")
+    if name or not interval:
+        return median, None, 1
+    return median, (median - interval[0], interval[1] - median), 1
 
 
 @dataclass
@@ -256,7 +257,8 @@ class Predictions:
 
 
 def read_predictions(run):
-    """Predictions of a run, of joined folds of all its "parts"; None where a file is not there or cannot be read."""
+    """Predictions of a run, of joined folds of all its "parts"; None where a file is not there, cannot be read or gives
+    another score than the run's own."""
     rows = []
     try:
         for part in run.get("parts", [run]):
@@ -276,19 +278,12 @@ def read_predictions(run):
         else:
             count = (len(head) - 2) // 2
             labels, values = table[:, 2:2 + count].astype(float), table[:, 2 + count:]
-        return Predictions(run["metric"], paths, groups, labels, values.astype(float))
+        predictions = Predictions(run["metric"], paths, groups, labels, values.astype(float))
     except (OSError, ValueError, IndexError):
         return None
-
-
-def own_predictions(run):
-    """Predictions of a run; None where they do not give the run's own score."""
-    own = headline(run)
-    predictions = read_predictions(run)
-    if own is None or predictions is None:
-        return None
-    again = predictions.score(np.arange(len(predictions.paths)))
-    return predictions if again is not None and abs(again - own) < 1e-3 else None
+    own, again = headline(run), predictions.score(np.arange(len(paths)))
+    fits = own is None or again is not None and abs(again - own) < 1e-3
+    return predictions if fits else None
 
 
 def paired_difference(first, second, resamples=500):
@@ -301,7 +296,7 @@ def paired_difference(first, second, resamples=500):
             pairs.append((a, b))
     if not pairs:
         return None
-    predictions = [(own_predictions(a), own_predictions(b)) for a, b in pairs]
+    predictions = [(read_predictions(a), read_predictions(b)) for a, b in pairs]
     known = list(itertools.chain(*predictions))
     same = all(known) and all(np.array_equal(known[0].paths, each.paths) for each in known)
     images = len(known[0].paths) if same else 0
@@ -333,20 +328,18 @@ def paired_difference(first, second, resamples=500):
 def join_folds(runs):
     """(runs, [(run, why it is left out)]): the runs of all folds of a model and a seed have become one, whose test is over
     all images, each as predicted by the run that has not seen it."""
-    joined, folded, spare = [], [], []
-    for run in runs:
-        if run.get("fold") is None or run["kind"] not in STAGES or run.get("trained_on"):
-            joined.append(run)
-        else:
-            folded.append(run)
-
     def model(run):
+        """What the folds of a model share, None of a run without folds."""
+        if run.get("fold") is None or run["kind"] not in STAGES or run.get("trained_on"):
+            return None
         return *shared(run), run["seed"], json.dumps(recipe(run), sort_keys=True)
-    for group in grouped(folded, model).values():
+    groups, spare = grouped(runs, model), []
+    joined = groups.pop(None, [])
+    for group in groups.values():
         by_fold = one_each(group, "fold", spare)
         folds = sorted(by_fold)
         parts = [by_fold[fold] for fold in folds]
-        predictions = read_predictions({**parts[0], "parts": parts})
+        predictions = read_predictions({**parts[0], "parts": parts, "test": {}})
         if len(folds) == parts[0].get("folds") and predictions:
             joined.append(join(parts, predictions))
             continue
@@ -374,9 +367,8 @@ def join(parts, predictions):
     test["interval"] = common.bootstrap_interval(predictions.score, count, grouped_by)
     undefined = [set(each.get("undefined", [])) for each in tests]
     test["undefined"] = sorted(set.intersection(*undefined))  # in every fold
-    test["beats_guess"] = None
-    if test["interval"] and test.get("guess") is not None:
-        test["beats_guess"] = test["interval"][0] > test["guess"]
+    bounded = None not in (test["interval"], test.get("guess"))
+    test["beats_guess"] = test["interval"][0] > test["guess"] if bounded else None
     classes = {each.get("one_class") for each in tests}
     test["one_class"] = classes.pop() if len(classes) == 1 else None
 
@@ -406,10 +398,9 @@ def comparisons(cells):
         pairs += [("statistics", statistics, random), ("statistics", cell, statistics)]
     results = []
     for what, first, second in pairs:
-        found = paired_difference(first.runs, second.runs) if first and second else None
-        if found:
-            results.append((what, first, second, found))
-    return results
+        if first and second:
+            results.append((what, first, second, paired_difference(first.runs, second.runs)))
+    return [result for result in results if result[3]]
 
 
 def in_words(result, better, worse):
@@ -691,17 +682,18 @@ def tables_of_run(run):
         images = run["runs"][0]["images"]
         scored = max(score.get("n", images) for score in run["runs"][0]["map"].values())
         yield table_of(saliency_table(run["runs"]), (
-            f"Saliency of {images} test images, mean [95 % interval] over the {scored} of them that can be scored (with masks: "
-            "that have a lesion). energy: share of the map inside the mask; pointing: share of images whose peak is inside; "
-            "iou: of the mask and as many top pixels; deletion, insertion: area under the probability as pixels go, come"))
+            f"Saliency of {images} test images, mean [95 % interval] over the {scored} of them that can be scored (with "
+            "masks: that have a lesion). energy: share of the map inside the mask; pointing: share of images whose peak is "
+            "inside; iou: of the mask and as many top pixels; deletion, insertion: area under the probability as pixels go, "
+            "come"))
     elif run["kind"] == "attn_distance":
         images = run["runs"][0]["images"]
         yield table_of(attention_table(run["runs"]), f"Mean attention distance in pixels over {images} test images")
     elif run["kind"] == "layers":
         yield table_of(layer_table(run["runs"]), f"What each layer holds: k-NN (k = {run['k']}), test {run['metric']}")
         yield table_of(reuse_table(run["pairs"]), (
-            "How much of a layer is kept from start to end: CKA of its outputs on test images (1: the same but for rotation and "
-            "scale) and the distance that its weights moved, over their norm; means of layers"))
+            "How much of a layer is kept from start to end: CKA of its outputs on test images (1: the same but for rotation "
+            "and scale) and the distance that its weights moved, over their norm; means of layers"))
 
 
 def other_tables(runs):
@@ -710,7 +702,7 @@ def other_tables(runs):
     for run in runs:
         try:
             parts += tables_of_run(run)
-        except (KeyError, TypeError, IndexError) as error:
+        except (KeyError, TypeError, IndexError, ValueError) as error:
             parts.append(tag("p", f"{run['folder'].name}: its metrics.json lacks what a table needs ({error!r})."))
     return [tag("h2", "Pretraining, saliency, attention, layers"), *parts] if any(parts) else []
 
@@ -728,8 +720,8 @@ CAPTIONS = {
        "class that the model predicts and its probability.",
     5: "How far attention reaches in each block, in pixels of the image: a point per head; the dashed line is what uniform "
        "attention would have.",
-    6: "What each layer holds: the k-NN score of its features over relative depth; and of each model and its start, CKA of each "
-       "layer with itself, how far its weights moved, and CKA of all layers of the one with all of the other."}
+    6: "What each layer holds: the k-NN score of its features over relative depth; and of each model and its start, CKA of "
+       "each layer with itself, how far its weights moved, and CKA of all layers of the one with all of the other."}
 
 
 def heights(cells):
@@ -748,7 +740,8 @@ def finish_panel(axis, cell, title, xlabel):
     axis.set_ylim(top=min(1, axis.get_ylim()[1]))
     axis.grid(axis="y", color="#dddddd")
     axis.set_axisbelow(True)
-    axis.legend(title=f"{cell.dataset}: {title}", loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=7, title_fontsize=8)
+    axis.legend(title=f"{cell.dataset}: {title}", loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=7,
+                title_fontsize=8)
 
 
 def draw_bars(path, cells):
@@ -887,7 +880,7 @@ def introduction(cells):
             for name, value in recipe(cell.runs[0]).items():
                 if name != "patch_size" or cell.vit:  # a CNN has no patches
                     values[name].add(str(value))
-        unlike = [f"{name} ({', '.join(sorted(found))})" for name, found in values.items() if len(found) > 1]
+        unlike = [f"{name} ({', '.join(sorted(given))})" for name, given in values.items() if len(given) > 1]
         if unlike:
             yield f"Note: not all models had the same {STAGES[kind]}: {', '.join(unlike)}."
 
@@ -963,7 +956,10 @@ def closing(runs, troubles):
     for run in runs:
         notes = list(health(run, collapsed))
         state = {"run": run["folder"].name, "state": "; ".join(notes) or "complete", "seconds": number(run.get("seconds"), 0)}
-        (states if notes else healthy).append(state)
+        if notes:
+            states.append(state)
+        else:
+            healthy.append(state)
         args = run["args"]
         count = args.get("world_size", 1)
         launcher = "python" if count == 1 else f"torchrun --nproc_per_node {count}"
@@ -985,9 +981,10 @@ def write_results(output, runs):
     extra = ["fold", "image_size", "split", "parameters", "epochs", "seconds", "images_per_second"]
     rows = []
     for run in runs:
+        test = headline(run) if run["kind"] in STAGES else None
         low, high = run["test"].get("interval") or ("", "")
-        rows.append([run["folder"], *map(run.get, names), run["val"].get(run["metric"]),
-                     headline(run) if run["kind"] in STAGES else None, low, high, run["test"].get("dice"), *map(run.get, extra)])
+        rows.append([run["folder"], *map(run.get, names), run["val"].get(run["metric"]), test, low, high,
+                     run["test"].get("dice"), *map(run.get, extra)])
     common.write_table(output / "results.csv", ["run", *names, "val", "test", "low", "high", "dice", *extra], rows)
 
 
@@ -1007,21 +1004,22 @@ def main():
     except OSError as error:
         fail(f"--output {output} cannot be written ({error})")
     joined, unjoined = join_folds(runs)
-    found, unlike = cells(joined)
+    scored, unlike = cells(joined)
     for run, why in unjoined + unlike:
         troubles.append((run["folder"], f"left out of the tables: {why}"))
     write_results(output, [*runs, *(run for run in joined if "parts" in run)])
 
-    parts = list(overview(found))
-    for section in grouped(found, lambda cell: cell.setting).values():
+    parts = list(overview(scored))
+    for section in grouped(scored, lambda cell: cell.setting).values():
         parts += section_of(section)
-    classified = [cell for cell in found if cell.kind != "segment"]
-    parts += [*other_tables(runs), tag("h2", "Figures"), *figures(runs, classified, output, args.format),
-              *closing(runs, troubles)]
-    datasets = grouped(found, lambda cell: cell.dataset)
+    classified = [cell for cell in scored if cell.kind != "segment"]
+    parts += other_tables(runs)
+    parts += [tag("h2", "Figures"), *figures(runs, classified, output, args.format)]
+    parts += closing(runs, troubles)
+    datasets = grouped(scored, lambda cell: cell.dataset)
     write_page(output / "report.html", f"{', '.join(datasets) or 'Runs'}: a pretrained ViT, or a CNN?", parts)
 
-    for alike in grouped(found, lambda cell: (cell.setting, cell.kind)).values():
+    for alike in grouped(scored, lambda cell: (cell.setting, cell.kind)).values():
         rows = score_table(alike)
         _, *inits = rows[0]
         common.print_table([f"{alike[0].dataset} {STAGES[alike[0].kind]} ({alike[0].metric})", *inits],

@@ -288,12 +288,12 @@ def test_several_labels_are_read_from_their_columns(tmp_path):
             for i, (flags, values) in enumerate(zip(truth, scores))]
     (folder / "predictions.csv").write_text(head + "\n".join(rows) + "\n")
     run, = report.read_runs([tmp_path])[0]
-    predictions = report.own_predictions(run)
+    predictions = report.read_predictions(run)
     half = np.arange(20)
     assert len(predictions.paths) == 40 and predictions.score(half) == pytest.approx(np.mean(
         [common.roc_auc(truth[half, i], scores[half, i]) for i in range(2)]))
     (folder / "predictions.csv").write_text(head + "\n".join(rows[:9]))
-    assert report.own_predictions(run) is None  # these are not the images of the run's score
+    assert report.read_predictions(run) is None  # these are not the images of the run's score
 
 
 def test_every_trouble_is_listed(tmp_path):
