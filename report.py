@@ -803,13 +803,15 @@ def newest(found):
 def join_pictures(files, path, side_by_side):
     """Join pictures, beside or below each other, into one."""
     pictures = [Image.open(file).convert("RGB") for file in files]
-    widths, heights = zip(*(picture.size for picture in pictures))
-    size = (sum(widths), max(heights)) if side_by_side else (max(widths), sum(heights))
-    canvas = Image.new("RGB", size, "white")
-    x = y = 0
+    sizes = np.array([picture.size for picture in pictures])  # width, height
+    axis = 0 if side_by_side else 1
+    whole = sizes.max(0)
+    whole[axis] = sizes[:, axis].sum()
+    canvas = Image.new("RGB", tuple(whole.tolist()), "white")
+    corner = [0, 0]
     for picture in pictures:
-        canvas.paste(picture, (x, y))
-        x, y = (x + picture.width, 0) if side_by_side else (0, y + picture.height)
+        canvas.paste(picture, tuple(corner))
+        corner[axis] += picture.size[axis]
     common.write_atomic(path, lambda part: canvas.save(part, "PNG"))
 
 
@@ -868,8 +870,8 @@ def introduction(cells):
            f"weights: {starts}.")
     once = set()
     for cell in cells:
-        starts = {run["arguments"].get("init") for run in cell.runs}
-        if len(cell.runs) > 1 and cell.init in BEFORE_DINO and len(starts) == 1:
+        files = {run["arguments"].get("init") for run in cell.runs}
+        if len(cell.runs) > 1 and cell.init in BEFORE_DINO and len(files) == 1:
             once.add(f"{cell.arch} from {cell.init}")
     if once:
         yield (f"Note: all seeds of {', '.join(sorted(once))} share one pretraining; their spread is that of what followed. "
