@@ -15,7 +15,8 @@ import itertools
 import json
 import math
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -112,59 +113,100 @@ def read_runs(places):
 def recipe(run):
     """The arguments of a run that decide its result, but for its model, its start and its seed; of a test elsewhere, those
     of the training too."""
-    made = {name: value for name, value in run["arguments"].items() if name not in NO_RECIPE}
-    training = {name: value for name, value in (run.get("training") or {}).items() if name not in NO_RECIPE}
-    return {**made, **{f"{name} of the training": value for name, value in training.items()}}
+    made = {}
+    for of, arguments in (("", run["arguments"]), (" of the training", run.get("training") or {})):
+        for name, value in arguments.items():
+            if name not in NO_RECIPE:
+                made[name + of] = value
+    return made
 
 
-def differences(one, other):
-    """The arguments in which two recipes differ, as text."""
-    return [f"{name} {one.get(name)}, not {other.get(name)}" for name in sorted({*one, *other})
-            if one.get(name) != other.get(name)]
+def grouped(items, key):
+    """{key(item): [items that share it]}, in the order in which they come."""
+    groups = defaultdict(list)
+    for item in items:
+        groups[key(item)].append(item)
+    return groups
+
+
+def one_each(runs, name, spare):
+    """{value of `name`: run}; of two runs with the same value the second goes to `spare`, with the reason."""
+    chosen = {}
+    for run in runs:
+        twin = chosen.setdefault(run[name], run)
+        if twin is not run:
+            spare.append((run, f"another run of {name} {run[name]}, as {twin['folder'].name}"))
+    return chosen
+
+
+@dataclass
+class Cell:
+    """The runs that differ in nothing but their seed: what all tables, figures and comparisons are made of."""
+    dataset: str
+    split: str
+    image_size: int
+    metric: str
+    kind: str
+    arch: str
+    init: str
+    runs: list  # one of each seed
+
+    @property
+    def setting(self):
+        """What cells must share to stand in one table."""
+        return self.dataset, self.split, self.image_size, self.metric
+
+    @property
+    def vit(self):
+        """Whether the model is a transformer."""
+        return any(name in self.arch for name in VITS)
+
+    @property
+    def size(self):
+        """Millions of parameters, 0 where they are not known."""
+        return (self.runs[0].get("parameters") or 0) / 1e6
+
+    @property
+    def rank(self):
+        """Sorts the cells of a setting: by kind, by start, CNNs before ViTs, by size."""
+        return ([*STAGES].index(self.kind), [*INITS, self.init].index(self.init), self.init, self.vit, self.size, self.arch)
+
+
+def shared(run):
+    """What the runs of a cell share: all fields of a Cell but its runs."""
+    return tuple(map(run.get, ("dataset", "split", "image_size", "metric", "kind", "arch", "init")))
 
 
 def cells(runs):
-    """({(kind, arch, init): {seed: run}} of the scored runs, [(run, why it is left out)]); cells in the order of STAGES,
-    of INITS, then CNNs before ViTs, by size. Runs of one cell must have been made alike: the most numerous that were
-    are taken, and those that do not say how they were made."""
-    groups, table, spare = defaultdict(list), {}, []
-    for run in runs:
-        groups[run["kind"], run["arch"], run["init"]].append(run)
-    for cell, group in groups.items():
-        recipes = [made for made in map(recipe, group) if made] or [{}]
-        usual = max(recipes, key=recipes.count)
-        table[cell] = {}
-        for run in group:
-            differ = differences(recipe(run) or usual, usual)
-            twin = table[cell].get(run["seed"])
+    """([Cell], [(run, why it is left out)]) of the scored runs, setting by setting: segmentation last, else those with most
+    runs first. Of runs that should make a cell but were made otherwise, the most numerous do."""
+    result, spare, sizes = [], [], Counter()
+    scored = [run for run in runs if run["kind"] in STAGES]
+    for names, group in grouped(scored, shared).items():
+        recipes = list(map(recipe, group))
+        usual = max(filter(None, recipes), key=recipes.count, default={})
+        alike = []
+        for run, made in zip(group, recipes):
+            differ = []
+            for name in sorted({*made, *usual}) if made else []:  # one that does not say how it was made is taken
+                if made.get(name) != usual.get(name):
+                    differ.append(f"{name} {made.get(name)}, not {usual.get(name)}")
             if differ:
                 spare.append((run, f"made otherwise than the runs of its kind: {', '.join(differ)}"))
-            elif twin:
-                spare.append((run, f"another run of seed {run['seed']}, as {twin['folder'].name}"))
             else:
-                table[cell][run["seed"]] = run
-
-    def order(cell):
-        kind, arch, init = cell
-        return ([*STAGES].index(kind), [*INITS, init].index(init), init, is_vit(arch), size_of(table[cell]), arch)
-    return {cell: table[cell] for cell in sorted(table, key=order)}, spare
-
-
-def is_vit(arch):
-    """Whether an architecture is a transformer."""
-    return any(name in arch for name in VITS)
+                alike.append(run)
+        cell = Cell(*names, list(one_each(alike, "seed", spare).values()))
+        sizes[cell.setting] += len(group)
+        result.append(cell)
+    settings = sorted(sizes, key=sizes.get, reverse=True)
+    result.sort(key=lambda cell: (cell.kind == "segment", settings.index(cell.setting), *cell.rank))
+    return result, spare
 
 
-def size_of(by_seed):
-    """Millions of parameters of a cell's model, 0 where they are not known."""
-    return (next(iter(by_seed.values())).get("parameters") or 0) / 1e6
-
-
-def archs_and_inits(table, *kinds):
-    """The architectures (CNNs, then ViTs, by size) and the inits of some kinds of run."""
-    sizes = {arch: size_of(by_seed) for (kind, arch, _), by_seed in table.items() if kind in kinds}
-    return (sorted(sizes, key=lambda arch: (is_vit(arch), sizes[arch], arch)),
-            list(dict.fromkeys(init for kind, _, init in table if kind in kinds)))
+def archs_of(cells):
+    """Their architectures: CNNs, then ViTs, by size."""
+    ranks = {cell.arch: (cell.vit, cell.size, cell.arch) for cell in cells}
+    return sorted(ranks, key=ranks.get)
 
 
 # ---------------------------------------------------------------- statistics --------------------------------
@@ -175,142 +217,143 @@ def headline(run, name=None):
     return None if value is None or math.isnan(value) else value
 
 
-def summary(by_seed, name=None):
+def summary(runs, name=None):
     """(median, (down, up) or None, n) of the test scores that are defined: of several seeds their standard
     deviation, of one its 95 % interval over test images."""
-    defined = [run for run in by_seed.values() if headline(run, name) is not None]
+    defined = [run for run in runs if headline(run, name) is not None]
     values = [headline(run, name) for run in defined]
-    median, error = float(np.median(values)) if values else None, None
+    if not values:
+        return None, None, 0
+    median = float(np.median(values))
     if len(values) > 1:
-        error = (float(np.std(values, ddof=1)),) * 2
-    elif values and not name and defined[0]["test"].get("interval"):
-        low, high = defined[0]["test"]["interval"]
-        error = median - low, high - median
-    return median, error, len(values)
+        deviation = float(np.std(values, ddof=1))
+        return median, (deviation, deviation), len(values)
+    interval = defined[0]["test"].get("interval")
+    if name or not interval:
+        return median, None, 1
+    return median, (median - interval[0], interval[1] - median), 1
+
+
+@dataclass
+class Predictions:
+    """predictions.csv of a run, sorted by path; of joined folds, of all of them."""
+    metric: str
+    paths: np.ndarray  # (n,) str
+    groups: np.ndarray  # (n,) str: the patient, or else the path
+    labels: np.ndarray | None  # (n,) classes or (n, L) 0/1; None of a segmentation
+    values: np.ndarray  # (n, C) probabilities or, of a segmentation, scores of each class, NaN where they are not defined
+
+    def score(self, rows, other=None):
+        """The metric over images `rows` (n,) int, None where it is not defined; of a segmentation over those images that
+        are defined in `other` Predictions too."""
+        values = self.values[rows]
+        if self.labels is not None:
+            task = "classes" if self.labels.ndim == 1 else "multilabel"
+            return common.metric(self.metric, task, self.labels[rows], values)
+        if other is not None:
+            values = np.where(np.isnan(other.values[rows]), math.nan, values)
+        mean = np.ma.masked_invalid(values).mean(0).mean()
+        return None if mean is np.ma.masked else float(mean)
 
 
 def read_predictions(run):
-    """Of a run's predictions.csv, sorted by path: (paths, groups, labels (n,) or 0/1 (n, L), probabilities (n, C)) or, of
-    a segmentation, (paths, groups, None, scores of each class (n, C), NaN where they are not defined). Of joined folds, of
-    all of them."""
+    """Predictions of a run, of joined folds of all its "parts"; None where a file is not there, cannot be read or gives
+    another score than the run's own."""
     rows = []
-    for part in run.get("parts", [run]):
-        with open(part["folder"] / "predictions.csv", newline="") as lines:
-            head, *own = csv.reader(lines)
-        rows += own
-    rows.sort()
-    paths = [row[0] for row in rows]
-    groups = [row[1] or row[0] for row in rows]
-    if run["kind"] == "segment":
-        columns = [i for i, name in enumerate(head) if name.startswith(f"{run['metric']}_")]
-        return paths, groups, None, np.array([[float(row[i] or "nan") for i in columns] for row in rows])
-    if "label" in head:
-        classes = head[head.index("predicted") + 1:]
-        labels = np.array([classes.index(row[head.index("label")]) for row in rows])
-    else:
-        count = (len(head) - 2) // 2
-        labels = np.array([row[2:2 + count] for row in rows], float)
-        classes = head[2 + count:]
-    return paths, groups, labels, np.array([row[-len(classes):] for row in rows], float)
-
-
-def image_scores(run):
-    """(paths, groups, score, defined) of a run's predictions.csv: score(rows (n,) int, elsewhere) is its headline metric
-    over these images, NaN where that is not defined; of a segmentation over those that are also defined `elsewhere`, as
-    `defined` (n, C) bool says of this run. None where the file is not there or cannot be read."""
     try:
-        paths, groups, labels, values = read_predictions(run)
-    except (OSError, ValueError, IndexError, KeyError):
+        for part in run.get("parts", [run]):
+            with open(part["folder"] / "predictions.csv", newline="") as lines:
+                head, *own = csv.reader(lines)
+            rows += own
+        table = np.array(sorted(rows), object)
+        paths = table[:, 0]
+        groups = np.where(table[:, 1] == "", paths, table[:, 1])
+        if run["kind"] == "segment":
+            columns = [name.startswith(f"{run['metric']}_") for name in head]
+            labels, values = None, np.where(table == "", "nan", table)[:, columns]
+        elif "label" in head:
+            classes = head[head.index("predicted") + 1:]
+            labels = np.array(list(map(classes.index, table[:, head.index("label")])))
+            values = table[:, -len(classes):]
+        else:
+            count = (len(head) - 2) // 2
+            labels, values = table[:, 2:2 + count].astype(float), table[:, 2 + count:]
+        predictions = Predictions(run["metric"], paths, groups, labels, values.astype(float))
+    except (OSError, ValueError, IndexError):
         return None
-    defined = ~np.isnan(values)
-
-    def score(rows, elsewhere=None):
-        if labels is None:
-            counted = defined[rows] if elsewhere is None else defined[rows] & elsewhere[rows]
-            return float(np.ma.array(values[rows], mask=~counted).mean(0).mean())
-        task = "classes" if labels.ndim == 1 else "multilabel"
-        value = common.metric(run["metric"], task, labels[rows], values[rows])
-        return math.nan if value is None else value
-    return (paths, groups, score, defined) if paths else None
-
-
-def own_scores(run):
-    """image_scores of a run; None where they do not give the run's own score."""
-    scores = image_scores(run)
-    own = headline(run)
-    fits = scores and own is not None and abs(scores[2](np.arange(len(scores[0]))) - own) < 1e-3
-    return scores if fits else None
+    own, again = headline(run), predictions.score(np.arange(len(paths)))
+    fits = own is None or again is not None and abs(again - own) < 1e-3
+    return predictions if fits else None
 
 
 def paired_difference(first, second, resamples=500):
-    """Mean over common seeds of headline(first) - headline(second): (difference, [low, high] or None, seeds, test
-    images), None without a common seed. The 95 % percentile interval resamples seeds and test images, the same for
-    both; without predictions of the same images (0 images), the seeds alone."""
-    seeds = [seed for seed in sorted(first.keys() & second.keys(), key=str)
-             if None not in (headline(first[seed]), headline(second[seed]))]
-    if not seeds:
+    """Mean over common seeds of headline(first) - headline(second), of two lists of runs: (difference, [low, high] or None,
+    seeds, test images), None without a common seed. The 95 % percentile interval resamples seeds and test images, the same
+    for both; without predictions of the same images (0 images), the seeds alone."""
+    pairs = []  # two runs of each seed
+    for a, b in itertools.product(sorted(first, key=lambda run: str(run["seed"])), second):
+        if a["seed"] == b["seed"] and None not in (headline(a), headline(b)):
+            pairs.append((a, b))
+    if not pairs:
         return None
-    differences = [headline(first[seed]) - headline(second[seed]) for seed in seeds]
-    pairs = [(own_scores(first[seed]), own_scores(second[seed])) for seed in seeds]
-    paths = [scores[0] for pair in pairs for scores in pair if scores]
-    same = len(paths) == 2 * len(seeds) and all(path == paths[0] for path in paths)
-    images = len(paths[0]) if same else 0
-    if images:  # of a segmentation, over the images on which both are defined
-        rows = np.arange(images)
-        differences = [a[2](rows, b[3]) - b[2](rows, a[3]) for a, b in pairs]
+    predictions = [(read_predictions(a), read_predictions(b)) for a, b in pairs]
+    known = list(itertools.chain(*predictions))
+    same = all(known) and all(np.array_equal(known[0].paths, each.paths) for each in known)
+    images = len(known[0].paths) if same else 0
+
+    def difference(seed, rows):
+        """Of one of the pairs, over some images; of a segmentation over those on which both are defined."""
+        if not images:
+            return headline(pairs[seed][0]) - headline(pairs[seed][1])
+        a, b = predictions[seed]
+        scores = a.score(rows, b), b.score(rows, a)
+        return math.nan if None in scores else scores[0] - scores[1]
+
+    seeds = len(pairs)
+    whole = [difference(seed, np.arange(images)) for seed in range(seeds)]
     rng = np.random.default_rng(0)
-    values = []
-    for _ in range(resamples if images or len(seeds) > 1 else 0):
-        chosen = rng.integers(len(seeds), size=len(seeds)).tolist()
-        drawn = differences
-        if images:
-            rows = rng.integers(images, size=images)
-            drawn = {}
-            for i in set(chosen):
-                a, b = pairs[i]
-                drawn[i] = a[2](rows, b[3]) - b[2](rows, a[3])
-        values.append(np.mean([drawn[i] for i in chosen]))
-    defined = [value for value in values if not math.isnan(value)]
-    interval = np.percentile(defined, [2.5, 97.5]).tolist() if len(defined) * 2 > resamples else None
-    return float(np.mean(differences)), interval, len(seeds), images
+    means = np.full(resamples, math.nan)
+    for i in range(resamples if images or seeds > 1 else 0):
+        chosen = rng.integers(seeds, size=seeds)
+        rows = rng.integers(images, size=images)
+        drawn = np.zeros(seeds)
+        for seed in set(chosen.tolist()):
+            drawn[seed] = difference(seed, rows)
+        means[i] = drawn[chosen].mean()
+    means = means[~np.isnan(means)]
+    interval = np.percentile(means, [2.5, 97.5]).tolist() if len(means) * 2 > resamples else None
+    return float(np.mean(whole)), interval, seeds, images
 
 
 def join_folds(runs):
     """(runs, [(run, why it is left out)]): the runs of all folds of a model and a seed have become one, whose test is over
     all images, each as predicted by the run that has not seen it."""
-    joined, spare, groups = [], [], defaultdict(dict)
-    for run in runs:
+    def model(run):
+        """What the folds of a model share, None of a run without folds."""
         if run.get("fold") is None or run["kind"] not in STAGES or run.get("trained_on"):
-            joined.append(run)
+            return None
+        return *shared(run), run["seed"], json.dumps(recipe(run), sort_keys=True)
+    groups, spare = grouped(runs, model), []
+    joined = groups.pop(None, [])
+    for group in groups.values():
+        by_fold = one_each(group, "fold", spare)
+        folds = sorted(by_fold)
+        parts = [by_fold[fold] for fold in folds]
+        predictions = read_predictions({**parts[0], "parts": parts, "test": {}})
+        if len(folds) == parts[0].get("folds") and predictions:
+            joined.append(join(parts, predictions))
             continue
-        made = json.dumps(recipe(run), sort_keys=True)
-        names = ("kind", "dataset", "split", "image_size", "metric", "arch", "init", "seed")
-        by_fold = groups[made, *(run.get(name) for name in names)]
-        if run["fold"] in by_fold:
-            spare.append((run, f"another run of fold {run['fold']}, as {by_fold[run['fold']]['folder'].name}"))
-        else:
-            by_fold[run["fold"]] = run
-    for by_fold in groups.values():
-        parts = [by_fold[fold] for fold in sorted(by_fold)]
-        count = parts[0].get("folds")
-        if len(parts) != count:
-            there = ", ".join(map(str, sorted(by_fold)))
-            spare += [(part, f"of {count} folds only {there} can be joined") for part in parts]
-            continue
-        scores = image_scores({**parts[0], "parts": parts})
-        if scores is None:
-            spare += [(part, "a predictions.csv of its folds cannot be read") for part in parts]
-        else:
-            joined.append(join(parts, scores))
+        why = "a predictions.csv of its folds cannot be read"
+        if len(folds) != parts[0].get("folds"):
+            why = f"of {parts[0].get('folds')} folds only {', '.join(map(str, folds))} can be joined"
+        spare += [(part, why) for part in parts]
     return joined, spare
 
 
-def join(parts, scores):
-    """One run out of those of all folds, with the image_scores of all of them. Scores other than the headline are means over
+def join(parts, predictions):
+    """One run out of those of all folds, with the Predictions of all of them. Scores other than the headline are means over
     folds, counts are sums."""
-    whole = {**parts[0], "parts": parts, "folder": Path(f"{parts[0]['folder']} to f{parts[-1]['fold']}")}
-    whole["dataset"] = f"{whole['dataset']}, {len(parts)} folds"  # never averaged with runs on the split
-    paths, groups, score, _ = scores
+    metric = parts[0]["metric"]
     tests = [part["test"] for part in parts]
     test = {}
     for name in tests[0]:
@@ -318,46 +361,45 @@ def join(parts, scores):
         if all(isinstance(value, (int, float)) for value in values):
             test[name] = sum(values) if name in ("n", "hd95_n", "lesions", "found") else float(np.mean(values))
 
-    def defined(rows):
-        value = score(rows)
-        return None if math.isnan(value) else value
-    grouped = groups if groups != paths else None
-    test[whole["metric"]] = defined(np.arange(len(paths)))
-    test["interval"] = common.bootstrap_interval(defined, len(paths), grouped)
-    absent = [set(each.get("undefined", [])) for each in tests]
-    test["undefined"] = sorted(set.intersection(*absent))  # in every fold
-    test["beats_guess"] = None
-    if test["interval"] and test.get("guess") is not None:
-        test["beats_guess"] = test["interval"][0] > test["guess"]
+    count = len(predictions.paths)
+    grouped_by = None if np.array_equal(predictions.groups, predictions.paths) else predictions.groups
+    test[metric] = predictions.score(np.arange(count))
+    test["interval"] = common.bootstrap_interval(predictions.score, count, grouped_by)
+    undefined = [set(each.get("undefined", [])) for each in tests]
+    test["undefined"] = sorted(set.intersection(*undefined))  # in every fold
+    bounded = None not in (test["interval"], test.get("guess"))
+    test["beats_guess"] = test["interval"][0] > test["guess"] if bounded else None
     classes = {each.get("one_class") for each in tests}
     test["one_class"] = classes.pop() if len(classes) == 1 else None
-    whole["val"] = {whole["metric"]: common.mean_defined([part["val"].get(whole["metric"]) for part in parts])}
-    whole["seconds"] = sum(part.get("seconds") or 0 for part in parts)
-    return {**whole, "test": test, "counts": {"cross-validated": len(paths)}, "fold": None}
+
+    return {**parts[0], "parts": parts, "test": test, "counts": {"cross-validated": count}, "fold": None,
+            "dataset": f"{parts[0]['dataset']}, {len(parts)} folds",  # never averaged with runs on the split
+            "folder": Path(f"{parts[0]['folder']} to f{parts[-1]['fold']}"),
+            "val": {metric: common.mean_defined([part["val"].get(metric) for part in parts])},
+            "seconds": sum(part.get("seconds") or 0 for part in parts)}
 
 
-def comparisons(table):
-    """[(what, first, second, paired_difference)]: "vit": each ViT less the CNN nearest in size, by kind and init; "dino":
-    each model after DINO less before; "statistics": each start from statistics less random weights, and each pretrained
-    one less its statistics. first and second are keys of the table."""
+def comparisons(cells):
+    """[(what, first, second, paired_difference)] of cells of one setting: "vit": each ViT less the CNN nearest in size, by
+    kind and init; "dino": each model after DINO less before; "statistics": each start from statistics less random weights,
+    and each pretrained one less its statistics."""
+    places = {(cell.kind, cell.arch, cell.init): cell for cell in cells}
     pairs = []
-    for kind, arch, init in table:
-        if not is_vit(arch):
-            continue
-        size = size_of(table[kind, arch, init])
-        rivals = {cell: abs(size_of(table[cell]) - size) for cell in table
-                  if cell[0] == kind and cell[2] == init and not is_vit(cell[1])}
-        if rivals:
-            pairs.append(("vit", (kind, arch, init), min(rivals, key=rivals.get)))
-    for kind, arch, init in table:
-        before = (kind, arch, BEFORE_DINO.get(init))
-        if before in table:
-            pairs.append(("dino", (kind, arch, init), before))
-    for kind, arch, init in table:
-        pretrained, drawn, random = ((kind, arch, start) for start in (init, f"{init}-stats", "random"))
-        if drawn in table:
-            pairs += [("statistics", *step) for step in ((drawn, random), (pretrained, drawn)) if {*step} <= table.keys()]
-    results = [(what, first, second, paired_difference(table[first], table[second])) for what, first, second in pairs]
+    for cell in cells:
+        rivals = [other for other in cells if (other.kind, other.init, other.vit) == (cell.kind, cell.init, False)]
+        if cell.vit and rivals:
+            nearest = min(rivals, key=lambda rival: abs(rival.size - cell.size))
+            pairs.append(("vit", cell, nearest))
+    for cell in cells:
+        pairs.append(("dino", cell, places.get((cell.kind, cell.arch, BEFORE_DINO.get(cell.init)))))
+    for cell in cells:
+        statistics = places.get((cell.kind, cell.arch, f"{cell.init}-stats"))
+        random = places.get((cell.kind, cell.arch, "random"))
+        pairs += [("statistics", statistics, random), ("statistics", cell, statistics)]
+    results = []
+    for what, first, second in pairs:
+        if first and second:
+            results.append((what, first, second, paired_difference(first.runs, second.runs)))
     return [result for result in results if result[3]]
 
 
@@ -373,52 +415,69 @@ def in_words(result, better, worse):
     return f"{better if interval[0] > 0 else worse} ({evidence})"
 
 
-def says_one_thing(cell, by_seed):
+def says_one_thing(cell):
     """Why a cell's scores tell nothing: [sentence] where a run of it predicts one class for every image. (A ranking, as
     of a ROC curve, may tell more.)"""
-    for seed, run in by_seed.items():
-        if run["test"].get("one_class") is not None and run["metric"] not in ("roc_auc", "average_precision"):
-            return [f"{cell[1]} from {cell[2]}, seed {seed}, predicts {run['test']['one_class']} for every image"]
+    for run in cell.runs:
+        one_class = run["test"].get("one_class")
+        if one_class is not None and cell.metric not in ("roc_auc", "average_precision"):
+            return [f"{cell.arch} from {cell.init}, seed {run['seed']}, predicts {one_class} for every image"]
     return []
 
 
-def k_of(by_seed):
-    """The k of k-NN runs, as text behind a name; "" of other runs."""
-    ks = sorted({run["k"] for run in by_seed.values() if run.get("k")})
-    return f" (k = {', '.join(map(str, ks))})" if ks else ""
+def k_of(cells):
+    """The k of k-NN, as text behind a name; "" of other kinds."""
+    ks = set()
+    for cell in cells:
+        ks.update(run["k"] for run in cell.runs if run.get("k"))
+    return f" (k = {', '.join(map(str, sorted(ks)))})" if ks else ""
 
 
-def answers(table, pairs):
+def answer(what, first, second, difference):
+    """What one comparison says, as a line."""
+    subject, verdicts = f"{first.arch}, {second.init} to {first.init}", ("it helps", "it hurts")
+    if what == "vit":
+        subject, verdicts = f"{first.arch} against {second.arch}, {first.init}", ("the ViT is better", "the ViT is worse")
+    subject += k_of([first])
+    silent = says_one_thing(first) + says_one_thing(second)
+    if silent:
+        return f"{subject}: cannot be compared: {'; '.join(silent)}"
+    weak = []
+    for cell in (first, second):
+        if any(run["test"].get("beats_guess") is False for run in cell.runs):
+            weak.append(cell.arch)
+    guess = f"; {' and '.join(weak)} did not beat always guessing the most frequent class" if weak else ""
+    return f"{subject}: {in_words(difference, *verdicts)}{guess}"
+
+
+def answers(cells, pairs):
     """The paper's questions, each with what these runs say: {question: [answer]}."""
     result = {}
-    kinds = {kind for kind, _, _ in table}
+    kinds = grouped(cells, lambda cell: cell.kind)
     for question, what, kind, inits in QUESTIONS:
         lines = []
-        for compared, a, b, found in pairs:
-            if compared != what or a[0] != kind or inits and a[2] not in inits:
-                continue
-            subject = f"{a[1]} against {b[1]}, {a[2]}" if what == "vit" else f"{a[1]}, {b[2]} to {a[2]}"
-            verdicts = ("the ViT is better", "the ViT is worse") if what == "vit" else ("it helps", "it hurts")
-            silent = [reason for cell in (a, b) for reason in says_one_thing(cell, table[cell])]
-            answer = f"cannot be compared: {'; '.join(silent)}" if silent else in_words(found, *verdicts)
-            weak = [cell[1] for cell in (a, b) if any(run["test"].get("beats_guess") is False for run in table[cell].values())]
-            if weak and not silent:
-                answer += f"; {' and '.join(weak)} did not beat always guessing the most frequent class"
-            lines.append(f"{subject}{k_of(table[a])}: {answer}")
+        for pair in pairs:
+            compared, first, *_ = pair
+            if compared == what and first.kind == kind and (not inits or first.init in inits):
+                lines.append(answer(*pair))
         if lines or kind in kinds and kind != "segment" and inits:
             result[question] = lines or ["no runs to tell"]
-    if {"finetune", "knn_eval"} <= kinds:
-        result["Do k-NN and fine-tuning agree?"] = [rank_agreement(table)]
+    if {"finetune", "knn_eval"} <= kinds.keys():
+        result["Do k-NN and fine-tuning agree?"] = [rank_agreement(cells)]
     return result
 
 
-def rank_agreement(table):
+def rank_agreement(cells):
     """How many pairs of models fine-tuning and k-NN rank alike, as a sentence."""
+    medians = {}
+    for cell in cells:
+        medians[cell.kind, cell.arch, cell.init] = summary(cell.runs)[0]
     scores = []
-    for kind, arch, init in table:
-        if kind == "finetune" and ("knn_eval", arch, init) in table:
-            scores.append([summary(table[kind, arch, init])[0] for kind in ("finetune", "knn_eval")])
-    pairs = [(a, b) for a, b in itertools.combinations(scores, 2) if None not in (*a, *b)]
+    for kind, arch, init in medians:
+        both = medians[kind, arch, init], medians.get(("knn_eval", arch, init))
+        if kind == "finetune" and None not in both:
+            scores.append(both)
+    pairs = list(itertools.combinations(scores, 2))
     same = sum((a[0] - b[0]) * (a[1] - b[1]) > 0 for a, b in pairs)
     if not pairs:
         return "no runs to tell"
@@ -437,53 +496,44 @@ img{max-width:100%;height:auto}figure{margin:1.5rem 0}figcaption{color:#555;max-
 pre{white-space:pre-wrap;overflow-wrap:anywhere;background:#f6f6f6;padding:.5rem;font-size:.8em}"""
 
 
-def heading(text, level=2):
-    """A heading of the page."""
-    return f"<h{level}>{html.escape(text)}</h{level}>"
-
-
-def paragraph(text):
-    """A paragraph."""
-    return f"<p>{html.escape(text)}</p>"
+def tag(name, text):
+    """An element of the page with text in it."""
+    return f"<{name}>{html.escape(text)}</{name}>"
 
 
 def bullets(lines):
     """A list of lines."""
-    return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
+    return "<ul>" + "".join(tag("li", line) for line in lines) + "</ul>"
 
 
-def code(lines):
-    """Lines of code."""
-    return f"<pre>{html.escape(chr(10).join(lines))}</pre>"
-
-
-def table_of(head, rows, caption=""):
-    """A table; cells that tell of trouble are marked."""
-    lines = ["".join(f"<th>{html.escape(str(cell))}" for cell in head)]
+def table_of(rows, caption):
+    """A table of rows {column: cell}, nothing without rows; cells that tell of trouble are marked."""
+    rows = list(rows)
+    if not rows:
+        return ""
+    text = "<tr>" + "".join(f"<th>{html.escape(column)}" for column in rows[0])
     for row in rows:
-        cells = []
-        for cell in map(str, row):
+        text += "<tr>"
+        for cell in map(str, row.values()):
             style = "warn " * cell.startswith(WARN) + "long" * (len(cell) > 50)
-            cells.append(f'<td class="{style}">{html.escape(cell)}')
-        lines.append("".join(cells))
-    return paragraph(caption) + "<div><table><tr>" + "<tr>".join(lines) + "</table></div>"
+            text += f'<td class="{style}">{html.escape(cell)}'
+    return tag("p", caption) + f"<div><table>{text}</table></div>"
 
 
 def figure_of(file, caption):
-    """A picture with its caption, in the page itself; file None: no run has it."""
+    """A PNG with its caption, in the page itself; one that is not there is missing."""
     text = html.escape(caption)
-    if not file:
+    if not file.exists():
         return f'<p class="warn">{text} Missing: no run has it.</p>'
-    kind = "svg+xml" if file.suffix == ".svg" else "png"
     data = base64.b64encode(file.read_bytes()).decode()
-    return (f'<figure><img alt="{text}" src="data:image/{kind};base64,{data}"><figcaption>{text}</figcaption></figure>')
+    return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
 
 
 def write_page(path, title, parts):
     """report.html from the parts of its body."""
     head = ('<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
             f"<title>{html.escape(title)}</title><style>{STYLE}</style>")
-    page = f'<!doctype html><html lang="en">{head}{heading(title, 1)}' + "\n".join(parts) + "</html>\n"
+    page = f'<!doctype html><html lang="en">{head}{tag("h1", title)}' + "\n".join(filter(None, parts)) + "</html>\n"
     common.write_atomic(path, lambda part: part.write_text(page, "utf-8"))
 
 
@@ -494,254 +544,244 @@ def number(value, digits=3):
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def score_text(by_seed, name=None, empty="undefined"):
+def score_text(runs, name=None, empty="undefined"):
     """Median ± standard deviation of several seeds, of one its value and [95 % interval] over images."""
-    median, error, n = summary(by_seed, name)
+    median, error, n = summary(runs, name)
     if not error:
         return f"{median:.3f}" if n else empty
-    return f"{median:.3f} ± {error[0]:.3f}" if n > 1 else \
-        f"{median:.3f} [{median - error[0]:.3f}, {median + error[1]:.3f}]"
+    if n > 1:
+        return f"{median:.3f} ± {error[0]:.3f}"
+    return f"{median:.3f} [{median - error[0]:.3f}, {median + error[1]:.3f}]"
 
 
-def score_table(table, kind):
-    """(head, rows): the headline, a row an architecture, a column an init."""
-    archs, inits = archs_and_inits(table, kind)
-    rows = [[arch, *("missing" for _ in inits)] for arch in archs]
-    for (of_kind, arch, init), by_seed in table.items():
-        if of_kind == kind:
-            n = summary(by_seed)[2]
-            rows[archs.index(arch)][1 + inits.index(init)] = score_text(by_seed) + f" (n = {n})" * (n > 0)
-    guesses = {number(run["test"].get("guess")) for cell, by_seed in table.items() if cell[0] == kind
-               for run in by_seed.values()} - {"-"}
+def score_table(cells):
+    """The headline of cells of one kind: a row an architecture, a column an init."""
+    inits = [cell.init for cell in cells]
+    rows = {arch: {"": arch, **dict.fromkeys(inits, "missing")} for arch in archs_of(cells)}
+    guesses = set()
+    for cell in cells:
+        n = summary(cell.runs)[2]
+        rows[cell.arch][cell.init] = score_text(cell.runs) + f" (n = {n})" * (n > 0)
+        guesses |= {number(run["test"].get("guess")) for run in cell.runs}
+    guesses.discard("-")
     if guesses:
-        rows.append(["always the most frequent class", *[", ".join(sorted(guesses))] * len(inits)])
-    return ["", *inits], rows
+        name = "always the most frequent class"
+        rows[name] = {"": name, **dict.fromkeys(inits, ", ".join(sorted(guesses)))}
+    return list(rows.values())
 
 
-def table_of_datasets(groups, kind):
-    """(head, rows): Table 1 of the paper, a row an init and an architecture, a column a dataset and its metric."""
-    groups = [(key, table) for key, table in groups if any(cell[0] == kind for cell in table)]
+def table_of_datasets(cells):
+    """Table 1 of the paper, of cells of one kind: a row an init and an architecture, a column a dataset."""
+    columns = {cell.setting: f"{cell.dataset} ({cell.metric})" for cell in cells}
     rows = {}
-    for column, (_, table) in enumerate(groups):
-        for (of_kind, arch, init), by_seed in table.items():
-            if of_kind == kind:
-                row = rows.setdefault((init, arch), [init, arch, *["missing"] * len(groups)])
-                row[2 + column] = score_text(by_seed)
-    order = [*INITS]
-    keys = sorted(rows, key=lambda key: (order.index(key[0]) if key[0] in order else len(order), key[0], is_vit(key[1])))
-    return ["", "", *(f"{key[0]} ({key[3]})" for key, _ in groups)], [rows[key] for key in keys]
+    for cell in sorted(cells, key=lambda cell: cell.rank):
+        empty = {"init": cell.init, "": cell.arch, **dict.fromkeys(columns.values(), "missing")}
+        row = rows.setdefault((cell.init, cell.arch), empty)
+        row[columns[cell.setting]] = score_text(cell.runs)
+    return list(rows.values())
 
 
-def capacity_table(table):
-    """(head, rows): the fine-tuned score by number of parameters."""
-    fits = [(arch, init, size_of(by_seed), *summary(by_seed))
-            for (kind, arch, init), by_seed in table.items() if kind == "finetune"]
-    return ["", "init", "parameters (millions)", "median", "standard deviation", "n"], [
-        [arch, init, f"{size:.1f}", number(median), number(error[0] if n > 1 else None), n]
-        for arch, init, size, median, error, n in fits]
+def capacity_table(cells):
+    """The score by number of parameters."""
+    for cell in cells:
+        median, error, n = summary(cell.runs)
+        yield {"": cell.arch, "init": cell.init, "parameters (millions)": f"{cell.size:.1f}", "median": number(median),
+               "standard deviation": number(error[0] if n > 1 else None), "n": n}
 
 
-def segment_table(table):
-    """(head, rows): IoU and Dice, means over test images."""
-    names = {"iou": "IoU", "dice": "Dice", "hd95": "HD95 (pixels)",
-             "constant_iou": "IoU of the best constant mask"}
-    rows = []
-    for (kind, arch, init), by_seed in table.items():
-        if kind == "segment":
-            texts = [score_text(by_seed, name, "missing") for name in names]
-            tests = [run["test"] for run in by_seed.values()]
-            for column, count in ((0, "n"), (1, "n"), (2, "hd95_n")):
-                images = sorted({test[count] for test in tests if count in test})
-                texts[column] += f" over {', '.join(map(str, images))}" if images else ""
-            found = ["{found} of {lesions}".format(**test) for test in tests if "found" in test]
-            rows.append([arch, init, *texts, ", ".join(found) or "-", len(by_seed)])
-    return ["", "init", *names.values(), "lesions found", "n"], rows
+def segment_table(cells):
+    """IoU and Dice, means over test images."""
+    columns = {"IoU": ("iou", "n"), "Dice": ("dice", "n"), "HD95 (pixels)": ("hd95", "hd95_n"),
+               "IoU of the best constant mask": ("constant_iou", None)}
+    for cell in cells:
+        row = {"": cell.arch, "init": cell.init}
+        tests = [run["test"] for run in cell.runs]
+        for column, (name, count) in columns.items():
+            images = sorted({test[count] for test in tests if count in test})
+            over = f" over {', '.join(map(str, images))}" if images else ""
+            row[column] = score_text(cell.runs, name, "missing") + over
+        found = ["{found} of {lesions}".format(**test) for test in tests if "found" in test]
+        yield {**row, "lesions found": ", ".join(found) or "-", "n": len(tests)}
 
 
 def pair_table(pairs):
-    """(head, rows) of comparisons."""
-    rows = [[STAGES[a[0]], ", ".join(a[1:]), ", ".join(b[1:]), f"{found[0]:+.3f}",
-             "{:+.3f} to {:+.3f}".format(*found[1]) if found[1] else "none", *found[2:]]
-            for _, a, b, found in pairs]
-    return ["", "first", "second", "first - second", "95 % interval", "seeds", "images"], rows
+    """The comparisons."""
+    for _, first, second, (difference, interval, seeds, images) in pairs:
+        yield {"": STAGES[first.kind], "first": f"{first.arch}, {first.init}", "second": f"{second.arch}, {second.init}",
+               "first - second": f"{difference:+.3f}",
+               "95 % interval": "{:+.3f} to {:+.3f}".format(*interval) if interval else "none",
+               "seeds": seeds, "images": images}
 
 
-def fold_table(table):
-    """(head, rows) of what was cross-validated: a row a run, its score over folds and over all images."""
-    rows = []
-    for (kind, arch, init), by_seed in table.items():
-        for seed, run in by_seed.items():
-            values = [headline(part) for part in run.get("parts", [])]
-            values = [value for value in values if value is not None]
-            if values:
-                spread = f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else number(values[0])
-                rows.append([STAGES[kind], arch, init, seed, spread, score_text({seed: run}),
-                             run["counts"]["cross-validated"]])
-    return ["", "", "init", "seed", "mean ± standard deviation over folds", "over all images", "images"], rows
-
-
-MAP_SCORES = ("energy: share of the map inside the mask; pointing: share of images whose peak is inside; "
-              "iou: of the mask and as many top pixels; deletion, insertion: area under the probability as "
-              "pixels go, come")
+def fold_table(cells):
+    """What was cross-validated: a row a run, its score over folds and over all images."""
+    for cell in cells:
+        for run in cell.runs:
+            scores = [headline(part) for part in run.get("parts", []) if headline(part) is not None]
+            spread = f" ± {np.std(scores, ddof=1):.3f}" if len(scores) > 1 else ""
+            if scores:
+                yield {"": STAGES[cell.kind], "model": cell.arch, "init": cell.init, "seed": run["seed"],
+                       "mean ± standard deviation over folds": f"{np.mean(scores):.3f}{spread}",
+                       "over all images": score_text([run]), "images": run["counts"]["cross-validated"]}
 
 
 def pretraining_table(runs):
-    """(head, rows) of the DINO runs."""
-    rows = []
+    """The runs of pretrain_dino.py."""
     for run in runs:
         if run["kind"] == "pretrain_dino":
-            collapsed = (run.get("collapse") or "no").split(":")[0]
-            rows.append([run["folder"].name, run["init"], run.get("epochs"), number(run["val"].get("knn_before")),
-                         number(run["val"].get("knn")), collapsed])
-    return ["", "weights", "epochs", "before", "after", "collapsed"], rows
+            yield {"": run["folder"].name, "weights": run["init"], "epochs": run.get("epochs"),
+                   "before": number(run["val"].get("knn_before")), "after": number(run["val"].get("knn")),
+                   "collapsed": (run.get("collapse") or "no").split(":")[0]}
 
 
-def saliency_table(run):
-    """(head, rows) of a run of saliency.py."""
-    models = run["runs"]
-    names = list(models[0]["map"])
-    rows = []
-    for one in models:
-        values = [one["map"][name] for name in names]
-        cells = ["{:.3f} [{:.3f}, {:.3f}]".format(value["mean"], *value["interval"]) if value["interval"] else "undefined"
-                 for value in values]
-        beats = "yes" if one["gain_over_gaussian"][names[0]]["beats"] else "no"
-        rows.append([one["name"], one["method"], *cells, beats])
-    return ["", "method", *names, "beats a centred blob"], rows
+def saliency_table(models):
+    """The models of a run of saliency.py."""
+    for model in models:
+        row = {"": model["name"], "method": model["method"]}
+        for name, score in model["map"].items():
+            row[name] = "undefined"
+            if score["interval"]:
+                row[name] = "{:.3f} [{:.3f}, {:.3f}]".format(score["mean"], *score["interval"])
+        gain, *_ = model["gain_over_gaussian"].values()
+        yield {**row, "beats a centred blob": "yes" if gain["beats"] else "no"}
 
 
-def attention_table(run):
-    """(head, rows) of a run of attn_distance.py."""
-    columns = {"first_block": "first block", "last_block": "last block", "mean": "all blocks", "uniform": "uniform attention"}
-    return ["", *columns.values()], [[one["name"], *(number(one[name], 1) for name in columns)] for one in run["runs"]]
+def attention_table(models):
+    """The models of a run of attn_distance.py."""
+    for model in models:
+        yield {"": model["name"], "first block": number(model["first_block"], 1), "last block": number(model["last_block"], 1),
+               "all blocks": number(model["mean"], 1), "uniform attention": number(model["uniform"], 1)}
 
 
-def layer_table(run):
-    """(head, rows) of the k-NN scores of a run of layers.py."""
-    rows = []
-    for one in run["runs"]:
-        interval = " [{:+.3f}, {:+.3f}]".format(*one["interval"]) if one["interval"] else ""
-        gain = f"{one['gain']:+.3f}{interval}" if one["gain"] is not None else "undefined"
-        rows.append([one["name"], "{layer}, {feature}".format(**one["best"]), number(one["best"]["test"]),
-                     number(one["last"]["test"]), gain])
-    return ["", "best layer, by validation", "its test score", "that of the last layer", "best - last [95 % interval]"], rows
+def layer_table(models):
+    """The k-NN scores of a run of layers.py."""
+    for model in models:
+        interval = " [{:+.3f}, {:+.3f}]".format(*model["interval"]) if model["interval"] else ""
+        gain = "undefined" if model["gain"] is None else f"{model['gain']:+.3f}{interval}"
+        yield {"": model["name"], "best layer, by validation": "{layer}, {feature}".format(**model["best"]),
+               "its test score": number(model["best"]["test"]), "that of the last layer": number(model["last"]["test"]),
+               "best - last [95 % interval]": gain}
 
 
-def reuse_table(run):
-    """(head, rows) of the pairs of one architecture of a run of layers.py."""
-    thirds = ("first third", "middle", "last third")
-    rows = []
-    for pair in run["pairs"]:
+def reuse_table(pairs):
+    """The pairs of a model and its start, of one architecture, of a run of layers.py."""
+    for pair in pairs:
         if pair["moved"]:
-            means = [np.mean(part) for key in ("same_layer", "moved") for part in np.array_split(np.array(pair[key], float), 3)]
-            rows.append([pair["name"], *(number(mean, 2) for mean in means)])
-    return ["", *(f"CKA, {name}" for name in thirds), *(f"weights, {name}" for name in thirds)], rows
+            row = {"": pair["name"]}
+            for what, name in (("CKA", "same_layer"), ("weights", "moved")):
+                first, middle, last = np.array_split(np.array(pair[name], float), 3)
+                row[f"{what}, first third"] = number(np.mean(first), 2)
+                row[f"{what}, middle"] = number(np.mean(middle), 2)
+                row[f"{what}, last third"] = number(np.mean(last), 2)
+            yield row
+
+
+def tables_of_run(run):
+    """Tables of a stage that is not scored by cell: saliency, attention distance, layers."""
+    if run["kind"] == "saliency":
+        images = run["runs"][0]["images"]
+        scored = max(score.get("n", images) for score in run["runs"][0]["map"].values())
+        yield table_of(saliency_table(run["runs"]), (
+            f"Saliency of {images} test images, mean [95 % interval] over the {scored} of them that can be scored (with "
+            "masks: that have a lesion). energy: share of the map inside the mask; pointing: share of images whose peak is "
+            "inside; iou: of the mask and as many top pixels; deletion, insertion: area under the probability as pixels go, "
+            "come"))
+    elif run["kind"] == "attn_distance":
+        images = run["runs"][0]["images"]
+        yield table_of(attention_table(run["runs"]), f"Mean attention distance in pixels over {images} test images")
+    elif run["kind"] == "layers":
+        yield table_of(layer_table(run["runs"]), f"What each layer holds: k-NN (k = {run['k']}), test {run['metric']}")
+        yield table_of(reuse_table(run["pairs"]), (
+            "How much of a layer is kept from start to end: CKA of its outputs on test images (1: the same but for rotation "
+            "and scale) and the distance that its weights moved, over their norm; means of layers"))
 
 
 def other_tables(runs):
-    """Parts of the page for the stages that are not scored by cell: pretraining, saliency, attention distance, layers."""
-    parts = []
-    head, rows = pretraining_table(runs)
-    if rows:
-        parts.append(table_of(head, rows, "DINO pretraining: k-NN accuracy on validation before and after"))
+    """Parts of the page for the stages that are not scored by cell."""
+    parts = [table_of(pretraining_table(runs), "DINO pretraining: k-NN accuracy on validation before and after")]
     for run in runs:
         try:
-            if run["kind"] == "saliency":
-                count = run["runs"][0]["images"]
-                counted = {cell.get("n", count) for cell in run["runs"][0]["map"].values()}
-                caption = (f"Saliency of {count} test images, mean [95 % interval] over the {max(counted)} of them that can be "
-                           f"scored (with masks: that have a lesion). {MAP_SCORES}")
-                parts.append(table_of(*saliency_table(run), caption))
-            elif run["kind"] == "attn_distance":
-                caption = f"Mean attention distance in pixels over {run['runs'][0]['images']} test images"
-                parts.append(table_of(*attention_table(run), caption))
-            elif run["kind"] == "layers":
-                parts.append(table_of(*layer_table(run), f"What each layer holds: k-NN (k = {run['k']}), test {run['metric']}"))
-                caption = ("How much of a layer is kept from start to end: CKA of its outputs on test images (1: the same but "
-                           "for rotation and scale) and the distance that its weights moved, over their norm; means of layers")
-                parts += [table_of(*reuse_table(run), caption)] if run["pairs"] else []
-        except (KeyError, TypeError, IndexError) as error:
-            parts.append(paragraph(f"{run['folder'].name}: its metrics.json lacks what a table needs ({error!r})."))
-    return parts
+            parts += tables_of_run(run)
+        except (KeyError, TypeError, IndexError, ValueError) as error:
+            parts.append(tag("p", f"{run['folder'].name}: its metrics.json lacks what a table needs ({error!r})."))
+    return [tag("h2", "Pretraining, saliency, attention, layers"), *parts] if any(parts) else []
 
 
 # ---------------------------------------------------------------- figures -----------------------------------
 
-EMPTY_MASKS = ("An image without the class, in which none is predicted, counts nowhere; where one of the two has it, IoU and "
-               "Dice are 0 and the image is left out of HD95. A lesion is found where the prediction meets it.")
 BARS = ("Error bars: one standard deviation over seeds or, of a single seed, the 95 % interval over test "
         "images.")
-CAPTIONS = [
-    f"Test score by starting weights, median over seeds. {BARS}",
-    "Segmentation of test images: the truth in yellow, one model in blue, the other in red, where they differ most and "
-    "where they differ little.",
-    f"Test score against the number of parameters, median over seeds. {BARS}",
-    "Where the models look, on the same test images: Grad-CAM of a CNN, attention of a ViT's class token, each with the "
-    "class that the model predicts and its probability.",
-    "How far attention reaches in each block, in pixels of the image: a point per head; the dashed line is what uniform "
-    "attention would have.",
-    "What each layer holds: the k-NN score of its features over relative depth; and of each model and its start, CKA of each "
-    "layer with itself, how far its weights moved, and CKA of all layers of the one with all of the other."]
+CAPTIONS = {
+    1: f"Test score by starting weights, median over seeds. {BARS}",
+    2: "Segmentation of test images: the truth in yellow, one model in blue, the other in red, where they differ most and "
+       "where they differ little.",
+    3: f"Test score against the number of parameters, median over seeds. {BARS}",
+    4: "Where the models look, on the same test images: Grad-CAM of a CNN, attention of a ViT's class token, each with the "
+       "class that the model predicts and its probability.",
+    5: "How far attention reaches in each block, in pixels of the image: a point per head; the dashed line is what uniform "
+       "attention would have.",
+    6: "What each layer holds: the k-NN score of its features over relative depth; and of each model and its start, CKA of "
+       "each layer with itself, how far its weights moved, and CKA of all layers of the one with all of the other."}
 
 
-def error_bars(found):
-    """(2, n) half lengths of error bars, down and up, of summaries (median, (down, up) or None, n); 0 where none."""
-    return np.array([error or (0, 0) for _, error, _ in found]).T
+def heights(cells):
+    """Of n cells the medians (n,), 0 where not defined, and half lengths of error bars (2, n), down and up, 0 where none."""
+    medians, errors = [], []
+    for cell in cells:
+        median, error, _ = summary(cell.runs)
+        medians.append(median or 0)
+        errors.append(error or (0, 0))
+    return medians, np.array(errors).T
 
 
-def finish_panel(axis, title, unit, xlabel):
-    """Label a panel of scores, with its legend above it; a score's axis ends at 1."""
-    axis.set(ylabel=unit, xlabel=xlabel)
+def finish_panel(axis, cell, title, xlabel):
+    """Label a panel of scores like that of a cell, with its legend above it; a score's axis ends at 1."""
+    axis.set(ylabel=f"test {cell.metric}", xlabel=xlabel)
     axis.set_ylim(top=min(1, axis.get_ylim()[1]))
     axis.grid(axis="y", color="#dddddd")
     axis.set_axisbelow(True)
-    axis.legend(title=title, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=7, title_fontsize=8)
+    axis.legend(title=f"{cell.dataset}: {title}", loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=7,
+                title_fontsize=8)
 
 
-def draw_bars(path, groups):
+def draw_bars(path, cells):
     """Figure 1: of each dataset a panel for fine-tuning and one for k-NN, a group of bars per init."""
-    panels = []
-    for key, table in groups:
-        panels += [(key, table, kind) for kind in ("finetune", "knn_eval") if any(cell[0] == kind for cell in table)]
-    if not panels:
-        return
-    figure, axes = common.new_panels(path, len(panels), 3.4, 2.8)
-    for axis, (key, table, kind) in zip(axes, panels):
-        colours = dict(zip(archs_and_inits(table, *STAGES)[0], common.COLOURS * 9))
-        archs, inits = archs_and_inits(table, kind)
-        width = 0.8 / len(archs)
-        for k, arch in enumerate(archs):
-            places = [i for i, init in enumerate(inits) if (kind, arch, init) in table]
-            found = [summary(table[kind, arch, inits[i]]) for i in places]
-            axis.bar([i + (k + 0.5) * width - 0.4 for i in places], [median or 0 for median, _, _ in found], 0.92 * width,
-                     yerr=error_bars(found), capsize=2, color=colours[arch], ecolor="#444444", label=arch)
+    colours = dict(zip(archs_of(cells), common.COLOURS * 9))
+    shown = [cell for cell in cells if cell.kind in ("finetune", "knn_eval")]
+    panels = grouped(shown, lambda cell: (cell.setting, cell.kind)).values()
+    figure, axes = common.new_panels(path, len(panels), 3.4, 2.8) if panels else (None, [])
+    for axis, panel in zip(axes, panels):
+        inits = list(grouped(panel, lambda cell: cell.init))
+        bars = grouped(panel, lambda cell: cell.arch)
+        width = 0.8 / len(bars)
+        for k, arch in enumerate(archs_of(panel)):
+            x = [inits.index(cell.init) + (k + 0.5) * width - 0.4 for cell in bars[arch]]
+            medians, errors = heights(bars[arch])
+            axis.bar(x, medians, 0.92 * width, yerr=errors, capsize=2, color=colours[arch], ecolor="#444444", label=arch)
         axis.set_xticks(range(len(inits)), inits, rotation=20 * (max(map(len, inits)) * len(inits) > 36))
         axis.set_xlim(-0.5, len(inits) - 0.5)
-        finish_panel(axis, f"{key[0]}: {STAGES[kind]}", f"test {key[3]}", "starting weights")
+        finish_panel(axis, panel[0], STAGES[panel[0].kind], "starting weights")
     if figure:
         common.save_figure(figure, path)
 
 
-def draw_capacity(path, groups):
+def draw_capacity(path, cells):
     """Figure 3: a panel per dataset; a line per family and init over the number of parameters."""
-    groups = [(key, table) for key, table in groups if any(cell[0] == "finetune" for cell in table)]
-    if not groups:
-        return
-    figure, axes = common.new_panels(path, len(groups), 4.2, 3)
-    for axis, (key, table) in zip(axes, groups):
-        lines = defaultdict(dict)
-        for (kind, arch, init), by_seed in table.items():  # by size
-            if kind == "finetune" and summary(by_seed)[2]:
-                lines[is_vit(arch), init][size_of(by_seed)] = summary(by_seed)
-        for k, ((vit, init), points) in enumerate(lines.items()):
-            axis.errorbar(list(points), [median for median, _, _ in points.values()], error_bars(points.values()),
-                          marker="s" if vit else "o", linestyle="--" if vit else "-", capsize=2, markersize=4,
-                          color=common.COLOURS[k % 7], label=f"{'ViT' if vit else 'CNN'}, {init}")
-        sizes = sorted({size for points in lines.values() for size in points})
+    tuned = [cell for cell in cells if cell.kind == "finetune" and summary(cell.runs)[2]]
+    panels = grouped(tuned, lambda cell: cell.setting).values()
+    figure, axes = common.new_panels(path, len(panels), 4.2, 3) if panels else (None, [])
+    for axis, panel in zip(axes, panels):
+        lines = grouped(panel, lambda cell: (cell.vit, cell.init))
+        for k, ((vit, init), line) in enumerate(lines.items()):
+            medians, errors = heights(line)
+            axis.errorbar([cell.size for cell in line], medians, errors, marker="s" if vit else "o",
+                          linestyle="--" if vit else "-", capsize=2, markersize=4, color=common.COLOURS[k % 7],
+                          label=f"{'ViT' if vit else 'CNN'}, {init}")
+        sizes = sorted({cell.size for cell in panel})
         axis.set_xscale("log")
         axis.set_xticks(sizes, [f"{size:.0f}" if size >= 2 else f"{size:.1g}" for size in sizes], fontsize=7)
         axis.minorticks_off()
-        finish_panel(axis, f"{key[0]}: capacity, fine-tuned", f"test {key[3]}", "parameters (millions)")
+        finish_panel(axis, panel[0], "capacity, fine-tuned", "parameters (millions)")
     if figure:
         common.save_figure(figure, path)
 
@@ -752,156 +792,202 @@ def newest(found):
     for dataset, file in found:
         if file.exists():
             files[dataset].add(file)
-    latest = [max(files[dataset], key=lambda file: (file.stat().st_mtime, file)) for dataset in sorted(files)]
-    others = sum(map(len, files.values())) - len(latest)
+    latest, others = [], 0
+    for dataset in sorted(files):
+        *older, file = sorted(files[dataset], key=lambda file: (file.stat().st_mtime, file))
+        latest.append(file)
+        others += len(older)
     return latest, f" {', '.join(map(str, latest))} is shown; there are {others} more." if others else ""
 
 
 def join_pictures(files, path, side_by_side):
     """Join pictures, beside or below each other, into one."""
     pictures = [Image.open(file).convert("RGB") for file in files]
-    widths, heights = zip(*(picture.size for picture in pictures))
-    size = (sum(widths), max(heights)) if side_by_side else (max(widths), sum(heights))
-    canvas = Image.new("RGB", size, "white")
-    x = y = 0
+    sizes = np.array([picture.size for picture in pictures])  # width, height
+    axis = 0 if side_by_side else 1
+    whole = sizes.max(0)
+    whole[axis] = sizes[:, axis].sum()
+    canvas = Image.new("RGB", tuple(whole.tolist()), "white")
+    corner = [0, 0]
     for picture in pictures:
-        canvas.paste(picture, (x, y))
-        x, y = (x + picture.width, 0) if side_by_side else (0, y + picture.height)
+        canvas.paste(picture, tuple(corner))
+        corner[axis] += picture.size[axis]
     common.write_atomic(path, lambda part: canvas.save(part, "PNG"))
 
 
-def figures(runs, groups, output, kind):
-    """Draw figures 1 and 3 as PNG and as `kind`, copy the others from their stages: parts of the page, figures drawn."""
-    notes = [""] * len(CAPTIONS)
+def figures(runs, cells, output, kind):
+    """Draw figures 1 and 3 as PNG and as `kind`, copy the others from their stages; parts of the page."""
     for file in output.glob("figure[1-6].*"):
         file.unlink()  # an earlier report may have had it
     for suffix in {"png", kind}:
-        draw_bars(output / f"figure1.{suffix}", groups)
-        draw_capacity(output / f"figure3.{suffix}", groups)
-    compared, notes[1] = newest([(run["dataset"], record.with_suffix(".png")) for run in runs
-                                 for record in run["folder"].parent.glob("comparison*.json")])
-    looked, notes[3] = newest([(run["dataset"], run["folder"] / "saliency.png") for run in runs])
-    reached, notes[4] = newest([(run["dataset"], run["folder"] / "attn_distance.png") for run in runs])
-    layered, notes[5] = newest([(run["dataset"], run["folder"] / "layers.png") for run in runs])
-    for number_of, files in ((2, compared), (4, looked), (5, reached), (6, layered)):
+        draw_bars(output / f"figure1.{suffix}", cells)
+        draw_capacity(output / f"figure3.{suffix}", cells)
+
+    pictures = defaultdict(list)  # of each figure, [(dataset, file)]
+    for run in runs:
+        for record in run["folder"].parent.glob("comparison*.json"):
+            pictures[2].append((run["dataset"], record.with_suffix(".png")))
+        for k, name in ((4, "saliency.png"), (5, "attn_distance.png"), (6, "layers.png")):
+            pictures[k].append((run["dataset"], run["folder"] / name))
+    notes = dict.fromkeys(CAPTIONS, "")
+    for k, found in pictures.items():
+        files, notes[k] = newest(found)
         if files:
-            join_pictures(files, output / f"figure{number_of}.png", side_by_side=number_of == 4)
-    for file in compared:
-        try:
-            record = json.loads(file.with_suffix(".json").read_text())
-            scores = [f"{name} has a mean IoU of {number(iou)}" for name, iou in zip(record["names"], record["iou"])]
-            notes[1] += f" {', '.join(scores)}."
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            notes[1] += f" {file.with_suffix('.json')} cannot be read ({error!r})."
-    files = [output / f"figure{k + 1}.png" for k in range(len(CAPTIONS))]
-    files = [file if file.exists() else None for file in files]
-    parts = [figure_of(file, f"Figure {k + 1}. {CAPTIONS[k]}{notes[k]}") for k, file in enumerate(files)]
-    return parts, sum(file is not None for file in files)
+            join_pictures(files, output / f"figure{k}.png", side_by_side=k == 4)
+        if k == 2:
+            notes[k] += "".join(map(compared_in, files))
+    return [figure_of(output / f"figure{k}.png", f"Figure {k}. {caption}{notes[k]}") for k, caption in CAPTIONS.items()]
+
+
+def compared_in(file):
+    """The scores of the two models in a picture of segment.py --compare, as a sentence."""
+    record = file.with_suffix(".json")
+    try:
+        content = json.loads(record.read_text())
+        scores = []
+        for name, iou in zip(content["names"], content["iou"]):
+            scores.append(f"{name} has a mean IoU of {number(iou)}")
+        return f" {', '.join(scores)}."
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f" {record} cannot be read ({error!r})."
 
 
 # ---------------------------------------------------------------- sections ----------------------------------
 
-def introduction(key, members, table):
-    """What was compared, on how many images, and what to mind, as paragraphs."""
-    archs, inits = archs_and_inits(table, *STAGES)
-    cnns, vits = (", ".join(arch for arch in archs if is_vit(arch) == vit) or "none" for vit in (False, True))
-    images = ", ".join(f"{count} {name}" for name, count in (members[0].get("counts") or {}).items())
-    seeds = ", ".join(sorted({str(seed) for by_seed in table.values() for seed in by_seed}))
+def introduction(cells):
+    """What was compared, on how many images, and what to mind, as texts."""
+    first = cells[0].runs[0]
+    families = grouped(cells, lambda cell: cell.vit)
+    cnns, vits = (", ".join(archs_of(families[vit])) or "none" for vit in (False, True))
+    inits = grouped(cells, lambda cell: cell.init)
+    seeds = sorted({str(run["seed"]) for cell in cells for run in cell.runs})
+    images = ", ".join(f"{count} {name}" for name, count in (first.get("counts") or {}).items())
     starts = "; ".join(f"{init}: {words}" for init, words in INITS.items() if init in inits)
-    parts = [DRAWN] if members[0].get("drawn") else []
-    parts += [f"CNN: {cnns}; ViT: {vits}; on {key[0]}: {images} images, at {key[2]} pixels; split {key[1]}; "
-             f"seeds {seeds}. The score is {key[3]} on the test images. Starting weights: {starts}."]
-    shared = sorted({f"{arch} from {init}" for (_, arch, init), by_seed in table.items()
-                     if len(by_seed) > 1 and init in BEFORE_DINO
-                     and len({run["arguments"].get("init") for run in by_seed.values()}) == 1})
-    if shared:
-        parts.append(f"Note: all seeds of {', '.join(shared)} share one pretraining; their spread is that of "
-                     "what followed. (DINO_PER_SEED=1 bash run_all.sh gives each its own.)")
-    for kind in STAGES:
+    if first.get("drawn"):
+        yield DRAWN
+    yield (f"CNN: {cnns}; ViT: {vits}; on {cells[0].dataset}: {images} images, at {cells[0].image_size} pixels; split "
+           f"{cells[0].split}; seeds {', '.join(seeds)}. The score is {cells[0].metric} on the test images. Starting "
+           f"weights: {starts}.")
+    once = set()
+    for cell in cells:
+        files = {run["arguments"].get("init") for run in cell.runs}
+        if len(cell.runs) > 1 and cell.init in BEFORE_DINO and len(files) == 1:
+            once.add(f"{cell.arch} from {cell.init}")
+    if once:
+        yield (f"Note: all seeds of {', '.join(sorted(once))} share one pretraining; their spread is that of what followed. "
+               "(DINO_PER_SEED=1 bash run_all.sh gives each its own.)")
+    for kind, alike in grouped(cells, lambda cell: cell.kind).items():
         values = defaultdict(set)
-        for (of_kind, arch, _), by_seed in table.items():
-            for name, value in recipe(next(iter(by_seed.values()))).items():
-                if of_kind == kind and (name != "patch_size" or is_vit(arch)):  # a CNN has no patches
+        for cell in alike:
+            for name, value in recipe(cell.runs[0]).items():
+                if name != "patch_size" or cell.vit:  # a CNN has no patches
                     values[name].add(str(value))
-        unlike = [f"{name} ({', '.join(sorted(found))})" for name, found in values.items() if len(found) > 1]
-        parts += [f"Note: not all models had the same {STAGES[kind]}: {', '.join(unlike)}."] if unlike else []
-    return parts
+        unlike = [f"{name} ({', '.join(sorted(given))})" for name, given in values.items() if len(given) > 1]
+        if unlike:
+            yield f"Note: not all models had the same {STAGES[kind]}: {', '.join(unlike)}."
 
 
-def section_of(key, members, table):
-    """The section of one setting, as parts of the page."""
-    pairs = comparisons(table)
-    kinds = list(dict.fromkeys(cell[0] for cell in table))
+def section_of(cells):
+    """The section of one setting, part by part of the page."""
+    pairs = comparisons(cells)
+    kinds = grouped(cells, lambda cell: cell.kind)
     what = "segmentation" if "segment" in kinds else "classification"
-    parts = [heading(f"{key[0]}: {what}, by {key[3]}"), *map(paragraph, introduction(key, members, table))]
-    for question, lines in answers(table, pairs).items():
-        parts += [heading(question, 3), bullets(lines)]
-    for kind in kinds:
-        k = k_of({i: run for cell, by_seed in table.items() if cell[0] == kind for i, run in enumerate(by_seed.values())})
-        parts.append(table_of(*score_table(table, kind), f"Table: {STAGES[kind]}{k}, test {key[3]}: median ± standard "
-                              "deviation over n seeds; of one seed, the [95 % interval] over test images"))
-    head, rows = fold_table(table)
-    if rows:
-        parts.append(table_of(head, rows, "Table: cross-validation. Over all images, each counts once, as predicted by the model "
-                              "that has not seen it; [95 % interval] over images, or groups"))
-    if "finetune" in kinds:
-        parts.append(table_of(*capacity_table(table), "Table: capacity, fine-tuned"))
-    if "segment" in kinds:
-        parts.append(table_of(*segment_table(table), "Table: segmentation, means over test images, median ± standard "
-                              f"deviation over n seeds. {EMPTY_MASKS}"))
-    if pairs:
-        parts.append(table_of(*pair_table(pairs), "Table: paired differences over the same seeds and the same resampled test "
-                              "images (singly, so the intervals are too narrow where a patient has several)"))
-    return parts
+    yield tag("h2", f"{cells[0].dataset}: {what}, by {cells[0].metric}")
+    for text in introduction(cells):
+        yield tag("p", text)
+    for question, lines in answers(cells, pairs).items():
+        yield tag("h3", question)
+        yield bullets(lines)
+    for kind, alike in kinds.items():
+        yield table_of(score_table(alike), f"Table: {STAGES[kind]}{k_of(alike)}, test {cells[0].metric}: median ± standard "
+                       "deviation over n seeds; of one seed, the [95 % interval] over test images")
+    yield table_of(fold_table(cells), "Table: cross-validation. Over all images, each counts once, as predicted by the model "
+                   "that has not seen it; [95 % interval] over images, or groups")
+    yield table_of(capacity_table(kinds["finetune"]), "Table: capacity, fine-tuned")
+    yield table_of(segment_table(kinds["segment"]), (
+        "Table: segmentation, means over test images, median ± standard deviation over n seeds. An image without the class, "
+        "in which none is predicted, counts nowhere; where one of the two has it, IoU and Dice are 0 and the image is left "
+        "out of HD95. A lesion is found where the prediction meets it."))
+    yield table_of(pair_table(pairs), "Table: paired differences over the same seeds and the same resampled test images "
+                   "(singly, so the intervals are too narrow where a patient has several)")
+
+
+def overview(cells):
+    """Table 1 over several datasets, and what is kept apart, part by part of the page."""
+    kinds = grouped(cells, lambda cell: cell.kind)
+    for kind in ("finetune", "knn_eval"):
+        if len(grouped(kinds[kind], lambda cell: cell.dataset)) > 1:
+            yield table_of(table_of_datasets(kinds[kind]),
+                           f"Table 1: {STAGES[kind]}, test score by start and model on every dataset")
+    settings = grouped(cells, lambda cell: cell.setting)
+    segmented = len(grouped(kinds["segment"], lambda cell: cell.setting))
+    if max(segmented, len(settings) - segmented) > 1:
+        yield tag("h2", "Runs that do not belong together")
+        yield tag("p", "These differ in dataset, split, image size or headline metric. They are tabulated and drawn apart and "
+                       "never averaged:")
+        yield bullets("{}, split {}, {} pixels, {}".format(*setting) for setting in settings)
 
 
 def health(run, collapsed):
-    """What a reader should know before trusting a run, [] if nothing. collapsed: names of such runs."""
-    notes = [run["collapse"].split(";")[0]] if run.get("collapse") else []
+    """What a reader should know before trusting a run, note by note. collapsed: names of such runs."""
+    test = run["test"]
     start = Path(str(run["arguments"].get("init"))).parent.name
-    notes += [f"collapsed start: {start}"] if start in collapsed else []
-    notes += [f"leaking: {count} images {key.replace('_', ' ')}"
-              for key, count in (run.get("leakage") or {}).items() if count]
-    if run["test"].get("one_class") is not None:
-        notes.append(f"predicts {run['test']['one_class']} for every test image")
-    elif run["test"].get("beats_guess") is False:
-        notes.append("does not beat always guessing the most frequent class")
-    if run["test"].get("undefined"):
-        notes.append(f"missing in the test split: {', '.join(run['test']['undefined'])}")
+    if run.get("collapse"):
+        yield run["collapse"].split(";")[0]
+    if start in collapsed:
+        yield f"collapsed start: {start}"
+    for name, count in (run.get("leakage") or {}).items():
+        if count:
+            yield f"leaking: {count} images {name.replace('_', ' ')}"
+    if test.get("one_class") is not None:
+        yield f"predicts {test['one_class']} for every test image"
+    elif test.get("beats_guess") is False:
+        yield "does not beat always guessing the most frequent class"
+    if test.get("undefined"):
+        yield f"missing in the test split: {', '.join(test['undefined'])}"
     if run.get("best_epoch") and run["best_epoch"] == run.get("epochs"):
-        notes.append("best at its last epoch: longer training may help")
-    return notes
+        yield "best at its last epoch: longer training may help"
 
 
-def closing_parts(runs, troubles):
-    """The health of each run, troubles first; the exact commands, devices and versions."""
+def closing(runs, troubles):
+    """The health of each run, troubles first; the exact commands, devices and versions; part by part of the page."""
     collapsed = {run["folder"].name for run in runs if run.get("collapse")}
-    states = [[folder.name, trouble, "-"] for folder, trouble in troubles]
-    healthy = []
-    machines, commands = set(), []
+    states, healthy, machines, commands = [], [], set(), []
+    for folder, trouble in troubles:
+        states.append({"run": folder.name, "state": trouble, "seconds": "-"})
     for run in runs:
-        notes = health(run, collapsed)
-        (states if notes else healthy).append([run["folder"].name, "; ".join(notes) or "complete",
-                                               number(run.get("seconds"), 0)])
-        args, count = run["args"], run["args"].get("world_size", 1)
+        notes = list(health(run, collapsed))
+        state = {"run": run["folder"].name, "state": "; ".join(notes) or "complete", "seconds": number(run.get("seconds"), 0)}
+        if notes:
+            states.append(state)
+        else:
+            healthy.append(state)
+        args = run["args"]
+        count = args.get("world_size", 1)
         launcher = "python" if count == 1 else f"torchrun --nproc_per_node {count}"
         commands.append(f"{launcher} {args.get('command', '(unknown, of {})'.format(run['folder']))}")
         if args:
             machines.add(", ".join([str(args.get("device")), *map(" ".join, args.get("versions", {}).items())]))
     count = f"{len(runs)} complete, {len(troubles)} failed, incomplete, damaged or left out."
-    return [heading("Health of each run"), table_of(["run", "state", "seconds"], states + healthy, count),
-            heading("Commands and versions"), *map(paragraph, sorted(machines)), code(commands)]
+    yield tag("h2", "Health of each run")
+    yield table_of(states + healthy, count)
+    yield tag("h2", "Commands and versions")
+    for machine in sorted(machines):
+        yield tag("p", machine)
+    yield tag("pre", "\n".join(commands))
 
 
 def write_results(output, runs):
     """results.csv: a row a run."""
     names = ["stage", "dataset", "arch", "init", "seed", "metric"]
     extra = ["fold", "image_size", "split", "parameters", "epochs", "seconds", "images_per_second"]
-    head = ["run", *names, "val", "test", "low", "high", "dice", *extra]
-    common.write_table(output / "results.csv", head, [
-        [run["folder"], *(run[name] for name in names), run["val"].get(run["metric"]),
-         headline(run) if run["kind"] in STAGES else None, *(run["test"].get("interval") or ["", ""]),
-         run["test"].get("dice"), *(run.get(name) for name in extra)] for run in runs])
+    rows = []
+    for run in runs:
+        test = headline(run) if run["kind"] in STAGES else None
+        low, high = run["test"].get("interval") or ("", "")
+        rows.append([run["folder"], *map(run.get, names), run["val"].get(run["metric"]), test, low, high,
+                     run["test"].get("dice"), *map(run.get, extra)])
+    common.write_table(output / "results.csv", ["run", *names, "val", "test", "low", "high", "dice", *extra], rows)
 
 
 def main():
@@ -919,45 +1005,31 @@ def main():
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"--output {output} cannot be written ({error})")
-    joined, spare = join_folds(runs)
-    troubles += [(run["folder"], f"left out of the tables: {why}") for run, why in spare]
+    joined, unjoined = join_folds(runs)
+    scored, unlike = cells(joined)
+    for run, why in unjoined + unlike:
+        troubles.append((run["folder"], f"left out of the tables: {why}"))
     write_results(output, [*runs, *(run for run in joined if "parts" in run)])
 
-    settings = defaultdict(list)  # what runs must share to be put into one table
-    for run in joined:
-        if run["kind"] in STAGES:
-            settings[run["dataset"], run.get("split"), run.get("image_size"), run["metric"]].append(run)
-    tables, parts = [], []
-    for key, group in sorted(settings.items(), key=lambda item: (item[1][0]["kind"] == "segment", -len(item[1]))):
-        table, spare = cells(group)
-        troubles += [(run["folder"], f"left out of the tables: {why}") for run, why in spare]
-        tables.append((key, table))
-        parts += section_of(key, group, table)
-    classified = [(key, table) for key, table in tables if any(cell[0] != "segment" for cell in table)]
-    datasets = list(dict.fromkeys(key[0] for key, _ in tables))
-    if max(len(classified), len(tables) - len(classified)) > 1:
-        parts = [heading("Runs that do not belong together"), paragraph(
-            "These differ in dataset, split, image size or headline metric. They are tabulated and drawn apart and never "
-            "averaged:"), bullets(["{}, split {}, {} pixels, {}".format(*key) for key, _ in tables]), *parts]
-    for kind in ("knn_eval", "finetune"):
-        if len({key[0] for key, table in classified if any(cell[0] == kind for cell in table)}) > 1:
-            caption = f"Table 1: {STAGES[kind]}, test score by start and model on every dataset"
-            parts = [table_of(*table_of_datasets(classified, kind), caption), *parts]
-    made, drawn = figures(runs, classified, output, args.format)
-    others = other_tables(runs)
-    if others:
-        parts += [heading("Pretraining, saliency, attention, layers"), *others]
-    parts += [heading("Figures"), *made, *closing_parts(runs, troubles)]
-    title = f"{', '.join(datasets) or 'Runs'}: a pretrained ViT, or a CNN?"
-    write_page(output / "report.html", title, parts)
+    parts = list(overview(scored))
+    for section in grouped(scored, lambda cell: cell.setting).values():
+        parts += section_of(section)
+    classified = [cell for cell in scored if cell.kind != "segment"]
+    parts += other_tables(runs)
+    parts += [tag("h2", "Figures"), *figures(runs, classified, output, args.format)]
+    parts += closing(runs, troubles)
+    datasets = grouped(scored, lambda cell: cell.dataset)
+    write_page(output / "report.html", f"{', '.join(datasets) or 'Runs'}: a pretrained ViT, or a CNN?", parts)
 
-    for (dataset, _, _, metric), table in tables:
-        for kind in dict.fromkeys(cell[0] for cell in table):
-            head, body = score_table(table, kind)
-            common.print_table([f"{dataset} {STAGES[kind]} ({metric})", *head[1:]], body)
-            say("")
+    for alike in grouped(scored, lambda cell: (cell.setting, cell.kind)).values():
+        rows = score_table(alike)
+        _, *inits = rows[0]
+        common.print_table([f"{alike[0].dataset} {STAGES[alike[0].kind]} ({alike[0].metric})", *inits],
+                           [row.values() for row in rows])
+        say("")
     for folder, trouble in troubles:
         print(f"note: {folder}: {trouble}", file=sys.stderr)
+    drawn = len(list(output.glob("figure[1-6].png")))
     say(f"written: {output}/report.html, results.csv and {drawn} of {len(CAPTIONS)} figures")
 
 

@@ -174,11 +174,12 @@ def test_the_report_joins_the_folds(folds, tmp_path):
         whole = accuracy_score(truth, [row["predicted"] == "upright" for row in rows])
         assert np.mean(accuracies) == pytest.approx(whole)  # folds of one size
         values = [metrics(tmp_path / "runs" / f"{run['arch']}-f{fold}")["test"]["roc_auc"] for fold in range(4)]
-        shown = [row for row in report.fold_table(cells)[1] if row[1] == run["arch"]]
-        assert shown[0][4] == f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" and shown[0][6] == 40
+        shown = [row for row in report.fold_table(cells) if row["model"] == run["arch"]]
+        spread = f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}"
+        assert shown[0]["mean ± standard deviation over folds"] == spread and shown[0]["images"] == 40
     (_, first, second, found), = report.comparisons(cells)
     areas = {run["arch"]: run["test"]["roc_auc"] for run in joined}
-    assert (first[1], second[1], found[2:]) == ("test_vit", "test_resnet", (1, 40))
+    assert (first.arch, second.arch, found[2:]) == ("test_vit", "test_resnet", (1, 40))
     assert found[0] == pytest.approx(areas["test_vit"] - areas["test_resnet"])
     images = sorted(every["test_vit"])
     truth = np.array([every["test_vit"][image]["label"] == "upright" for image in images])
@@ -314,5 +315,5 @@ def test_models_of_all_folds_are_tested_elsewhere_side_by_side(folds, tmp_path):
     joined, _ = report.join_folds(report.read_runs([tmp_path / "runs"])[0])
     tested = [run for run in joined if run.get("trained_on")]
     cells, spare = report.cells(tested)
-    assert {(kind, len(by_seed)) for (kind, _, _), by_seed in cells.items()} == {("finetune", 2), ("probe", 1)}
+    assert {(cell.kind, len(cell.runs)) for cell in cells} == {("finetune", 2), ("probe", 1)}
     assert [(run["folder"].name, "lr of the training 0.0001, not 0.001" in why) for run, why in spare] == [("other", True)]

@@ -51,21 +51,21 @@ def test_curves_show_every_line(tmp_path):
     assert not any(where(image, colour).any() for colour in (2, 3, 4, 5))
 
 
-def table_of(scores, kind="finetune", interval=None):
-    """A table of report.py: {(kind, arch, init): {seed: run}} of scores {(arch, init): [score of each seed]}."""
-    table = {}
+def cells_of(scores, kind="finetune", interval=None):
+    """Cells of report.py out of scores {(arch, init): [score of each seed]}."""
+    cells = []
     for (arch, init), values in scores.items():
-        table[kind, arch, init] = {seed: {"metric": "accuracy", "parameters": 10 ** 7 * len(arch), "arguments": {},
-                                          "test": {"accuracy": value, "interval": interval}}
-                                   for seed, value in enumerate(values)}
-    return table
+        runs = [{"metric": "accuracy", "parameters": 10 ** 7 * len(arch), "arguments": {}, "seed": seed,
+                 "test": {"accuracy": value, "interval": interval}}
+                for seed, value in enumerate(values)]
+        cells.append(report.Cell("made", "abc", 32, "accuracy", kind, arch, init, runs))
+    return cells
 
 
 def test_bars_and_their_errors(tmp_path):
     """Bars of 0.8 and 0.4, none where a run is missing or its score is not defined; whiskers where there are seeds."""
-    key = ("made", "abc", 32, "accuracy")
-    table = table_of({("resnet18", "random"): [0.8], ("resnet18", "imagenet"): [0.4], ("deit", "random"): [None]})
-    report.draw_bars(tmp_path / "a.png", [(key, table)])
+    cells = cells_of({("resnet18", "random"): [0.8], ("resnet18", "imagenet"): [0.4], ("deit", "random"): [None]})
+    report.draw_bars(tmp_path / "a.png", cells)
     image = pixels(tmp_path / "a.png")
     blue = where(image, 0)[image.shape[0] // 6:].sum(0)  # of each column, without the legend
     tall = int(np.median(blue[blue > 0.9 * blue.max()]))
@@ -73,8 +73,8 @@ def test_bars_and_their_errors(tmp_path):
     high = heights > 0.75 * tall
     assert 0 < high.sum() < len(heights) and np.abs(heights - np.where(high, tall, tall / 2)).max() <= 3
     grey = ImageColor.getrgb("#444444")
-    table = table_of({("resnet18", "random"): [0.7, 0.8, 0.9]})
-    report.draw_bars(tmp_path / "b.png", [(key, table)])
+    cells = cells_of({("resnet18", "random"): [0.7, 0.8, 0.9]})
+    report.draw_bars(tmp_path / "b.png", cells)
     image = pixels(tmp_path / "b.png")
     top, bottom, left, right = box(where(image, 0)[image.shape[0] // 6:, :])
     whisker = where(image, grey)[:, (left + right) // 2 - 3:(left + right) // 2 + 4].any(1)
@@ -83,9 +83,8 @@ def test_bars_and_their_errors(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["png", "pdf", "svg"])
 def test_capacity_has_plain_ticks(tmp_path, suffix):
-    key = ("made", "abc", 32, "accuracy")
-    table = table_of({("resnet18", "random"): [0.6], ("resnet152", "random"): [0.7], ("deit_t", "random"): [0.5]})
-    report.draw_capacity(tmp_path / f"a.{suffix}", [(key, table)])
+    cells = cells_of({("resnet18", "random"): [0.6], ("resnet152", "random"): [0.7], ("deit_t", "random"): [0.5]})
+    report.draw_capacity(tmp_path / f"a.{suffix}", cells)
     content = (tmp_path / f"a.{suffix}").read_bytes()
     assert content.startswith({"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}[suffix])
     if suffix == "svg":  # names of glyphs in comments

@@ -51,16 +51,22 @@ def tabulated(place):
     return found
 
 
+def runs_of(cells):
+    """{architecture: runs} of cells, no two of one architecture."""
+    runs = {cell.arch: cell.runs for cell in cells}
+    assert len(runs) == len(cells)
+    return runs
+
+
 def test_median_and_deviation_equal_numpy(tmp_path):
     scores = [0.62, 0.7, 0.66, 0.9, 0.58]
     for seed, score in enumerate(scores):
         fake_run(tmp_path, "finetune", "deit_small", "random", seed, score)
-    head, ((arch, cell),) = report.score_table(tabulated(tmp_path), "finetune")
-    assert (head, arch) == (["", "random"], "deit_small")
-    assert cell == f"{np.median(scores):.3f} ± {np.std(scores, ddof=1):.3f} (n = 5)"
+    row, = report.score_table(tabulated(tmp_path))
+    assert row == {"": "deit_small", "random": f"{np.median(scores):.3f} ± {np.std(scores, ddof=1):.3f} (n = 5)"}
     some = [{"metric": "auc", "test": {"auc": value}} for value in (None, 0.5, float("nan"))]
-    assert report.summary(dict(enumerate(some))) == (0.5, None, 1)
-    assert report.summary({0: some[0]}) == report.summary({}) == (None, None, 0)
+    assert report.summary(some) == (0.5, None, 1)
+    assert report.summary(some[:1]) == report.summary([]) == (None, None, 0)
 
 
 def test_paired_interval_equals_numpy(tmp_path):
@@ -70,9 +76,8 @@ def test_paired_interval_equals_numpy(tmp_path):
         differences.append(vit - cnn)
         for arch, score in (("deit_small", vit), ("resnet50", cnn)):
             (fake_run(tmp_path, "finetune", arch, "random", seed, score) / "predictions.csv").unlink()
-    found = tabulated(tmp_path)
-    vit, cnn = (found["finetune", arch, "random"] for arch in ("deit_small", "resnet50"))
-    difference, (low, high), seeds, images = report.paired_difference(vit, cnn, resamples=4000)
+    runs = runs_of(tabulated(tmp_path))
+    difference, (low, high), seeds, images = report.paired_difference(runs["deit_small"], runs["resnet50"], resamples=4000)
     every = [np.mean([differences[i], differences[j], differences[k]])
              for i in range(3) for j in range(3) for k in range(3)]
     assert (seeds, images) == (3, 0) and difference == pytest.approx(np.mean(differences))
@@ -85,9 +90,8 @@ def test_paired_interval_resamples_images(tmp_path):
     difference 0.2 is sqrt(0.2 * 0.8 / 50)."""
     for arch, score in (("deit_small", 0.8), ("resnet50", 0.6)):
         fake_run(tmp_path, "finetune", arch, "random", 0, score)
-    found = tabulated(tmp_path)
-    difference, (low, high), *_ = report.paired_difference(
-        *(found["finetune", arch, "random"] for arch in ("deit_small", "resnet50")), resamples=2000)
+    runs = runs_of(tabulated(tmp_path))
+    difference, (low, high), *_ = report.paired_difference(runs["deit_small"], runs["resnet50"], resamples=2000)
     error = 1.96 * np.sqrt(0.2 * 0.8 / 50)
     assert difference == pytest.approx(0.2)
     assert low == pytest.approx(0.2 - error, abs=0.03) and high == pytest.approx(0.2 + error, abs=0.03)
@@ -136,7 +140,7 @@ def test_features_and_statistics_are_told_apart(tmp_path):
                      arguments={"init_stats": True} if init == "imagenet-stats" else None)
     table = tabulated(tmp_path)
     pairs = [pair for pair in report.comparisons(table) if pair[0] == "statistics"]
-    assert [(first[2], second[2], round(found[0], 6)) for _, first, second, found in pairs] == [
+    assert [(first.init, second.init, round(found[0], 6)) for _, first, second, found in pairs] == [
         ("imagenet-stats", "random", 0.1), ("imagenet", "imagenet-stats", 0.2)]
     statistics, features = report.answers(table, pairs)["How much of the gain is features, how much statistics?"]
     assert statistics.startswith("resnet50, random to imagenet-stats: it helps (difference +0.100")
@@ -177,8 +181,8 @@ def test_a_model_that_says_one_thing_is_not_compared(tmp_path):
     text = page(tmp_path / "report")
     assert "| always the most frequent class | 0.600 |" in text and "k-NN (k = 20)" in text
     knn = {"accuracy": 0.6, "interval": [0.5, 0.7], "undefined": [], "guess": 0.6, "beats_guess": False, "one_class": None}
-    for by_seed in table.values():
-        for run in by_seed.values():
+    for cell in table:
+        for run in cell.runs:
             run["test"] = knn
     said = report.answers(table, report.comparisons(table))["Does the ViT lose from scratch?"]
     assert "no difference shown" in said[0] and "deit_small and resnet50 did not beat always guessing" in said[0]
@@ -241,7 +245,7 @@ def test_only_runs_made_alike_are_averaged(tmp_path):
     found, spare = report.cells(report.read_runs([tmp_path])[0])
     assert sorted(why for _, why in spare) == ["another run of seed 0, as finetune-deit_small-random-0-abc",
                                                "made otherwise than the runs of its kind: epochs 50, not 1"]
-    assert {key: len(by_seed) for key, by_seed in found.items()} == {
+    assert {(cell.kind, cell.arch, cell.init): len(cell.runs) for cell in found} == {
         ("finetune", "deit_small", "random"): 3, ("probe", "deit_small", "random"): 1}
     stage("report.py", tmp_path, cwd=tmp_path)
     text = page(tmp_path / "report")
@@ -267,10 +271,10 @@ def test_segmentation_is_paired_by_image(tmp_path):
         expected.append(np.mean([np.nanmean(scores["deit_tiny", s][rows], 0).mean()
                                  - np.nanmean(scores["resnet18", s][rows], 0).mean() for s in chosen]))
     (_, first, second, found), = report.comparisons(table)
-    assert (first[1], second[1], found[2:]) == ("deit_tiny", "resnet18", (2, 30))
+    assert (first.arch, second.arch, found[2:]) == ("deit_tiny", "resnet18", (2, 30))
     assert found[1] == pytest.approx(np.percentile(expected, [2.5, 97.5]))
-    head, rows = report.segment_table(table)
-    assert rows[0][:2] == ["resnet18", "random"] and rows[0][4:] == ["missing", "0.250 ± 0.000", "-", 2]
+    row = [*next(report.segment_table(table)).values()]
+    assert row[:2] == ["resnet18", "random"] and row[4:] == ["missing", "0.250 ± 0.000", "-", 2]
 
 
 def test_several_labels_are_read_from_their_columns(tmp_path):
@@ -284,12 +288,12 @@ def test_several_labels_are_read_from_their_columns(tmp_path):
             for i, (flags, values) in enumerate(zip(truth, scores))]
     (folder / "predictions.csv").write_text(head + "\n".join(rows) + "\n")
     run, = report.read_runs([tmp_path])[0]
-    paths, _, score, _ = report.own_scores(run)
+    predictions = report.read_predictions(run)
     half = np.arange(20)
-    assert len(paths) == 40 and score(half) == pytest.approx(np.mean(
+    assert len(predictions.paths) == 40 and predictions.score(half) == pytest.approx(np.mean(
         [common.roc_auc(truth[half, i], scores[half, i]) for i in range(2)]))
     (folder / "predictions.csv").write_text(head + "\n".join(rows[:9]))
-    assert report.own_scores(run) is None  # these are not the images of the run's score
+    assert report.read_predictions(run) is None  # these are not the images of the run's score
 
 
 def test_every_trouble_is_listed(tmp_path):
