@@ -112,7 +112,7 @@ class Row:
     split: str = None  # train, val, test, "" for none; None where the source has no splits
     group: str = None
     fold: int = None
-    masks: list = None  # [(class or None, file), ...]
+    masks: list = None  # [(class or None, file), ...]; None where the source has no masks
     experts: dict = field(default_factory=dict)  # {annotator: like masks}
 
 
@@ -145,12 +145,16 @@ def fill(rows, **columns):
     return rows
 
 
-def leave_out(source, why, unwanted):
-    """Take rows out of a source, and note why."""
-    if unwanted:
-        gone = set(map(id, unwanted))
-        source.rows = [row for row in source.rows if id(row) not in gone]
-        source.left_out[why] = [row.name for row in unwanted]
+def leave_out(source, why, unusable, message, args):
+    """Take rows that cannot be used out of a source, and note why; an error without --skip-broken, or if none are left."""
+    if not unusable:
+        return
+    if not args.skip_broken or len(unusable) == len(source.rows):
+        fail(f"{message}. Mend or remove them, or leave them out with --skip-broken")
+    say(f"left out: {message}")
+    gone = set(map(id, unusable))
+    source.rows = [row for row in source.rows if id(row) not in gone]
+    source.left_out[why] = [row.name for row in unusable]
 
 
 # ---------------------------------------------------------------- image files -------------------------------
@@ -443,7 +447,7 @@ def index_csv(root, args):
         add_mask_column(source, table[args.mask_column], root, args)
     elif args.label_column != ["none"]:
         listed_too = {row.name for row in source.rows}  # an image may stand in a folder called label
-        pair_masks(source, root, [name for name in split_masks(files_under(root)[0])[1] if name not in listed_too], args)
+        pair_masks(source, root, [name for name in split_masks(files_under(root)[0])[1] if name not in listed_too])
     if not args.label_column and "label" in table:
         labels = ["label"]
     if len(labels) > 1:
@@ -452,7 +456,7 @@ def index_csv(root, args):
         source.classes, source.multilabel = labels, True
     elif labels:
         fill(source.rows, label=table[labels[0]])
-    elif args.label_column != ["none"] and not any(row.masks for row in source.rows):
+    elif args.label_column != ["none"] and all(row.masks is None for row in source.rows):
         fail(f"{file}: no column 'label'; it has {some(map(repr, table), 30)}: name one with --label-column, or none")
     if args.group_column:
         fill(source.rows, group=table[args.group_column])
@@ -503,7 +507,7 @@ def index_files(root, args):
             tops = sorted({name.split("/")[0] for name in images})
             fail(f"{root}: expected every image below train/, val/ or test/, train at least; found {some(tops)}")
     label_by_folder(source, root, others)
-    pair_masks(source, root, masks, args)
+    pair_masks(source, root, masks)
     return source
 
 
@@ -556,7 +560,7 @@ def split_masks(files):
     return images, masks
 
 
-def pair_masks(source, root, masks, args):
+def pair_masks(source, root, masks):
     """Give each row its masks: those with the same path, but for a folder images/ or masks/ in it, and by name or with
     _mask, _segmentation, _seg, _gt, _1 behind it. Images without one are named."""
     keys = defaultdict(list)
@@ -578,7 +582,7 @@ def pair_masks(source, root, masks, args):
     if orphans:
         say(f"note: {len(orphans)} masks belong to no image and are not used: {some(orphans)}")
     if masks:
-        require_masks(source, args)
+        fill(source.rows, masks=[row.masks or [] for row in source.rows])
 
 
 def add_mask_column(source, listed, root, args):
@@ -589,15 +593,6 @@ def add_mask_column(source, listed, root, args):
     if not args.skip_broken:
         refuse(missing, f"{source.table}: {len(missing)} masks are not there; --skip-broken leaves them out")
     fill(source.rows, masks=[[(None, path)] if path else [] for path in paths])
-
-
-def require_masks(source, args):
-    """Refuse images without a mask where there are masks, unless --skip-broken, which leaves them out later."""
-    lacking = [row.name for row in source.rows if not row.masks]
-    if not args.skip_broken:
-        refuse(lacking, f"{len(lacking)} of {len(source.rows)} images have no mask of their name; --skip-broken leaves "
-               "them out")
-    fill(source.rows, masks=[row.masks or [] for row in source.rows])
 
 
 def index_npz(file, args):
@@ -804,7 +799,6 @@ def index_isic2018(root, args):
             fill(source.rows, split=["train" if row.split == "test" else row.split for row in source.rows])
             fill(rows, split=["test"] * len(rows))
         source.rows += rows
-    require_masks(source, args)
     return source
 
 
@@ -919,13 +913,8 @@ def read_source(layout, root, args):
         source.mean, source.std = [*mean] * (3 // len(mean)), [*std] * (3 // len(std))
         source.classes, source.ordinal = classes.split(", "), layout == "aptos2019"
     missing = [row for row in source.rows if row.item is None]
-    if missing:
-        message = (f"{len(missing)} of {len(source.rows)} listed images are not below {root}: "
-                   f"{some((row.name for row in missing), 100)}")
-        if not args.skip_broken:
-            fail(f"{source.table}: {message}. --skip-broken leaves them out")
-        say(f"left out: {message}")
-        leave_out(source, "missing", missing)
+    leave_out(source, "missing", missing, f"{len(missing)} of {len(source.rows)} listed images are not below {root} "
+              f"({source.table}): {some((row.name for row in missing), 100)}", args)
     if source.table:
         merge_repeated(source)
         tell_unlisted(source)
@@ -934,6 +923,7 @@ def read_source(layout, root, args):
     odd = [row.name for row in source.rows if row.name.encode("utf-8", "replace").decode() != row.name]
     if odd:
         fail(f"{len(odd)} names of files are not UTF-8, such as {ascii(odd[0])}; rename them")
+    settle_masks(source, args)
     return source
 
 
@@ -950,6 +940,18 @@ def tell_unlisted(source):
         say(f"note: {len(unlisted)} images are not listed in {source.table} and not used: {some(sorted(unlisted))}")
 
 
+def settle_masks(source, args):
+    """Name the classes of the masks, if there are any: then every image must have one."""
+    if all(row.masks is None for row in source.rows):
+        if args.mask_classes or args.ignore is not None:
+            fail("--mask-classes, --ignore: this source has no masks")
+        return
+    source.mask_classes = source.mask_classes or args.mask_classes or ["background", "lesion"]
+    lacking = [row for row in source.rows if not row.masks]
+    leave_out(source, "without a mask", lacking, f"{len(lacking)} of {len(source.rows)} images have no mask of their name: "
+              f"{some((row.name for row in lacking), 20)}", args)
+
+
 # ---------------------------------------------------------------- labels ------------------------------------
 
 def settle_labels(source, args):
@@ -961,10 +963,8 @@ def settle_labels(source, args):
     if source.multilabel:
         return settle_flags(source, args)
     missing = [row for row in source.rows if row.label.lower() in NO_LABEL]
-    if not args.skip_broken:
-        refuse([row.name for row in missing], f"{len(missing)} images have no label (blank, nan or NA); --skip-broken "
-               "leaves them out")
-    leave_out(source, "without a label", missing)
+    leave_out(source, "without a label", missing,
+              f"{len(missing)} images have no label (blank, nan or NA): {some((row.name for row in missing), 20)}", args)
     if source.classes:
         unknown = [f"{row.label!r} of {row.name}" for row in source.rows if row.label not in source.classes]
         refuse(unknown, f"{source.table}: {len(unknown)} labels are none of {some(source.classes, 14)}")
@@ -1438,15 +1438,14 @@ def write_arrays(folder, source, side, args):
     for name, file in files.items():
         file.write(npy_header(1, side, side, *[channels] * (name == "images")))
     blank = np.zeros((side, side), np.uint8)
-    facts, broken, broken_rows, count = [], {}, [], Counter()
+    facts, broken, count = [], [], Counter()
     decoder = Decoder(source.rows, side, args.fit, len(source.mask_classes or [0, 0]), args.ignore)
     loader = torch.utils.data.DataLoader(decoder, batch_size=8, num_workers=args.workers, collate_fn=list,
                                          worker_init_fn=end_with_parent, prefetch_factor=4 if args.workers else None)
     decoded = (fact for batch in loader for fact in batch)
     for row, fact in zip(source.rows, tqdm(decoded, "preparing", len(source.rows), unit="image")):
         if "error" in fact:
-            broken[row.name] = fact["error"]
-            broken_rows.append(row)
+            broken.append((row, fact["error"]))
             continue
         pixels, masks = fact.pop("pixels"), fact.pop("masks")
         if pixels.shape[2] > channels:  # the first colour: what is written so far was grey
@@ -1462,25 +1461,15 @@ def write_arrays(folder, source, side, args):
         file.seek(0)
         file.write(npy_header(len(facts), side, side, *[channels] * (name == "images")))
         file.close()
-    report_broken(source, broken, broken_rows, args)
+    reasons = "; ".join(f"{row.name} ({why})" for row, why in broken)
+    leave_out(source, "broken", [row for row, _ in broken],
+              f"{len(broken)} of {len(source.rows)} images cannot be used: {reasons}", args)
     for what in ("empty", "full"):
         if count[what] == len(facts):
             say(f"WARNING: all {count[what]} of {len(facts)} masks are {what}; is the foreground what is bright in them?")
         elif count[what]:
             say(f"note: {count[what]} of {len(facts)} masks are {what}")
     return facts
-
-
-def report_broken(source, broken, rows, args):
-    """Name the rows that cannot be used, {name: why}: an error without --skip-broken, else they leave the source."""
-    if not broken:
-        return
-    reasons = "; ".join(f"{name} ({why})" for name, why in broken.items())
-    message = f"{len(broken)} of {len(source.rows)} images cannot be used: {reasons}"
-    if not args.skip_broken or len(broken) == len(source.rows):
-        fail(f"{message}. Mend or remove them, or leave them out with --skip-broken")
-    say(f"left out: {message}")
-    leave_out(source, "broken", rows)
 
 
 def widen(file, count, side):
@@ -1613,21 +1602,11 @@ def choose_side(sizes, args):
     return side
 
 
-def settle_masks(source, args):
-    """Name the classes of the masks; images without one, which --skip-broken has let pass, are left out."""
-    if any(row.masks for row in source.rows):
-        source.mask_classes = source.mask_classes or args.mask_classes or ["background", "lesion"]
-        leave_out(source, "without a mask", [row for row in source.rows if not row.masks])
-    elif args.mask_classes or args.ignore is not None:
-        fail("--mask-classes, --ignore: this source has no masks")
-
-
 def build(folder, args, root):
     """Prepare everything into a folder: (sizes, bits, facts of each row) for the summary."""
     source = read_source(args.layout, root, args)
     settle_labels(source, args)
     settle_groups(source)
-    settle_masks(source, args)
     splits = carve(source, args)  # what cannot be split is said before hours of decoding
     check_classes(source)
     sizes, bits = look_at_heads(source.rows)
@@ -1655,8 +1634,7 @@ def build(folder, args, root):
     write_meta(folder, source, args, side, leakage=leakage, groups_in_two_splits=torn, notes=notes)
     contact_sheet(folder)
     for why, names in source.left_out.items():
-        if why not in ("missing", "broken"):  # said when they were met
-            say(f"left out, {why}: {len(names)} images ({some(names)})")
+        say(f"left out, {why}: {len(names)} images ({some(names)})")
     return sizes, bits, facts
 
 
