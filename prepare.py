@@ -182,23 +182,17 @@ def files_under(folder):
     """(image files, other files) under a folder, each sorted: paths below it with forward slashes. Links to folders
     are followed; hidden files and the folders that notebooks and archives leave behind are passed over."""
     images, others = [], []
-    above = {str(folder): ()}  # the real folders that each folder lies in
     for place, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        chain = above.pop(place)
-        if real in chain:  # a link to a folder above it
+        below = Path(place).relative_to(folder)
+        if any(os.path.samefile(place, Path(folder, parent)) for parent in below.parents):  # a link to a folder above it
             folders.clear()
             continue
         folders[:] = [name for name in folders if name[0] != "." and name != "__MACOSX"]
-        above |= {os.path.join(place, name): (*chain, real) for name in folders}
-        below = os.path.relpath(place, folder).replace(os.sep, "/") + "/"
-        below = below.removeprefix("./")
         for name in names:
             if name[0] == "." or name in ("Thumbs.db", "desktop.ini", "DICOMDIR"):
                 continue
-            suffix = os.path.splitext(name)[1].lower()
-            known = suffix in SUFFIXES or (not suffix or suffix[1:].isdigit()) and is_dicom(os.path.join(place, name))
-            (images if known else others).append(below + name)
+            known = os.path.splitext(name)[1].lower() in SUFFIXES or is_dicom(os.path.join(place, name))
+            (images if known else others).append((below / name).as_posix())
     return sorted(images), sorted(others)
 
 
@@ -930,14 +924,12 @@ def read_source(layout, root, args):
 def tell_unlisted(source):
     """Count the images that lie beside those of a table and are not in it."""
     known = {os.path.abspath(row.item) for row in source.rows}
-    unlisted = []
-    for folder in sorted({os.path.dirname(path) for path in known}):
-        for entry in os.scandir(folder):
-            image = entry.name[0] != "." and os.path.splitext(entry.name)[1].lower() in SUFFIXES
-            if image and entry.path not in known:
-                unlisted.append(entry.path)
+    beside = set()
+    for folder in {os.path.dirname(path) for path in known}:
+        beside |= {os.path.join(folder, name) for name in os.listdir(folder) if name[0] != "."}
+    unlisted = [path for path in sorted(beside - known) if os.path.splitext(path)[1].lower() in SUFFIXES]
     if unlisted:
-        say(f"note: {len(unlisted)} images are not listed in {source.table} and not used: {some(sorted(unlisted))}")
+        say(f"note: {len(unlisted)} images are not listed in {source.table} and not used: {some(unlisted)}")
 
 
 def settle_masks(source, args):
