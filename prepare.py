@@ -657,14 +657,15 @@ def random_split(count, share, seed, groups=None):
     members = list(members.values())
     if seed is not None:
         random.Random(seed).shuffle(members)
+    order = [i for group in members for i in group]
     ends = np.cumsum([0, *map(len, members)])
     held = int(count * share)
-    half = int(ends[np.searchsorted(ends, held // 2)])
-    held = int(ends[np.searchsorted(ends, held)])
-    splits = [""] * count
-    for place, i in enumerate(i for group in members for i in group):
-        splits[i] = "val" if place < half else "test" if place < held else "train"
-    return splits
+    half = ends[np.searchsorted(ends, held // 2)]
+    held = ends[np.searchsorted(ends, held)]
+    splits = np.full(count, "train", object)
+    splits[order[:half]] = "val"
+    splits[order[half:held]] = "test"
+    return splits.tolist()
 
 
 def index_aptos2019(root, args):
