@@ -526,10 +526,6 @@ def label_by_folder(source, root, others):
     if homeless:
         fail(f"{root}: {len(homeless)} images stand in no class folder, such as {some(homeless, 3)}; move them into folders of "
              "their class, or out of here (unlabelled images are for finetune.py --predict, and for DINO by --layout flat)")
-    known = {row.label for row in source.rows if row.split in ("train", None)}
-    strange = sorted({row.label for row in source.rows} - known)
-    if strange:
-        fail(f"{root}: class {some(map(repr, strange))} is not in train, which has {some(sorted(known))}")
     classes = {name.rsplit("/", 1)[0] for name in others if "/" in name and mask_place(name) is None}
     for folder in sorted(classes - {row.name.rsplit("/", 1)[0] for row in source.rows}):
         inside = [name for name in others if name.startswith(folder + "/")]
@@ -1243,12 +1239,13 @@ def check_duplicates(source, digests, mode):
 
 def check_classes(source):
     """Refuse classes without a training image, where there is training."""
-    if not source.classes or source.multilabel or all(row.split != "train" for row in source.rows):
+    if source.multilabel:
         return
     trained = {row.label for row in source.rows if row.split == "train"}
-    unseen = [name for name in source.classes if name not in trained]
-    if unseen:
-        fail(f"no training image has the label {some(map(repr, unseen))}: give it some, or leave the class out")
+    unseen = [name for name in source.classes or [] if name not in trained]
+    if trained and unseen:
+        fail(f"class {some(map(repr, unseen))} is not in train, which has {some(sorted(trained))}: no training image has that "
+             "label; give it some, or leave the class out")
 
 
 # ---------------------------------------------------------------- masks -------------------------------------
