@@ -1204,23 +1204,21 @@ def check_duplicates(source, digests, mode):
     twins = defaultdict(lambda: defaultdict(list))
     for row, digest in zip(source.rows, digests):
         twins[digest][row.split].append(row)
-    leakage, pairs, gone = {}, [], {}
+    leakage, lines, gone = {}, [], {}
     for inner, outer in (("test", "train"), ("val", "train"), ("test", "val")):
         shared = [splits for splits in twins.values() if splits[inner] and splits[outer]]
         count = leakage[f"{inner}_in_{outer}"] = sum(len(splits[inner]) for splits in shared)
         for splits in shared:
             gone.update((row.name, row) for row in splits[outer])
-            for row in splits[inner]:  # of a picture that is there a thousand times, ten pairs tell enough
+            for row in splits[inner]:
                 label = label_text(source, row)
-                others = [other for other in splits[outer] if label_text(source, other) != label]
-                others += [other for other in splits[outer] if label_text(source, other) == label]
-                pairs += [(row, other) for other in others[:10]]
+                others = sorted(splits[outer], key=lambda other: label_text(source, other) == label)
+                for other in others[:10]:  # of a picture that is there a thousand times, ten pairs tell enough
+                    lines.append([row.name, row.split, label, other.name, other.split, label_text(source, other)])
         if count:
             total = sum(row.split == inner for row in source.rows)
             end = {"warn": "; scores will flatter", "drop": f"; taken out of {outer}", "error": ""}[mode]
             say(f"WARNING: leakage: {count} of {total} {inner} images also stand in {outer}, pixel for pixel{end}")
-    lines = [[row.name, row.split, label_text(source, row), other.name, other.split, label_text(source, other)]
-             for row, other in pairs]
     lines.sort(key=lambda line: line[2] == line[5])
     different = [f"{line[0]} ({line[2]}) and {line[3]} ({line[5]})" for line in lines if line[2] != line[5]]
     if different:
