@@ -1503,16 +1503,19 @@ def look_at_heads(rows):
 
 def write_labels(folder, source, facts):
     """labels.csv: a row an image."""
-    grouped = any(row.group is not None for row in source.rows)
-    dealt = any(row.fold is not None for row in source.rows)
-    head = ["image", "split"] + ["fold"] * dealt + ["group"] * grouped + ["height", "width"]
-    if source.classes:
-        head += source.classes if source.multilabel else ["label"]
-    lines = []
-    for row, fact in zip(source.rows, facts):
-        labels = row.label.tolist() if source.multilabel else [row.label] * bool(source.classes)
-        lines.append([row.name, row.split, *[row.fold] * dealt, *[row.group] * grouped, *fact["size"], *labels])
-    common.write_table(folder / "labels.csv", head, lines)
+    rows = source.rows
+    columns = {"image": [row.name for row in rows], "split": [row.split for row in rows]}
+    for name in ("fold", "group"):
+        values = [getattr(row, name) for row in rows]
+        if any(value is not None for value in values):
+            columns[name] = values
+    columns["height"], columns["width"] = zip(*(fact["size"] for fact in facts))
+    labels = [row.label for row in rows]
+    if source.multilabel:
+        columns |= zip(source.classes, np.array(labels).T.tolist())
+    elif source.classes:
+        columns["label"] = labels
+    common.write_table(folder / "labels.csv", columns, zip(*columns.values()))
 
 
 def write_meta(folder, source, args, side, **own):
