@@ -1534,27 +1534,29 @@ def write_meta(folder, source, args, side, **own):
 
 
 def contact_sheet(folder, count=6):
-    """Draw training images, `count` of each class a row, or 4 rows, with the outlines of their masks."""
+    """Draw training images, `count` of each class a row, or 3 rows without classes, with the outlines of their masks."""
     dataset = common.open_dataset(folder)
     rows = next((rows for rows in dataset.rows.values() if len(rows)), np.arange(len(dataset.paths)))
-    members = {}
-    for k, name in enumerate(dataset.classes[:30]):
+    members = [("", rows[start:start + count]) for start in (0, count, 2 * count)]
+    if dataset.classes:
         labels = dataset.labels[rows]
-        members[name] = rows[labels == k] if dataset.task == "classes" else rows[labels[:, k] > 0]
-    if not members:
-        members = {"": rows[:count], " ": rows[count:2 * count], "  ": rows[2 * count:3 * count]}
-    members = {name: rows for name, rows in members.items() if len(rows)}
-    pictures, outlines = [], []
-    for rows in members.values():
-        rows = rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
-        shapes = [(dataset.sizes[row], dataset.fit, 256) for row in rows]
-        pictures.append([common.in_proportion(dataset.images[row], *shape) for row, shape in zip(rows, shapes)])
-        outlines.append([[] for _ in rows])
-        if dataset.masks is not None:
-            for row, shape, cell in zip(rows, shapes, outlines[-1]):
+        flags = labels[:, None] == np.arange(len(dataset.classes)) if dataset.task == "classes" else labels > 0
+        members = [(name, rows[flags[:, k]]) for k, name in enumerate(dataset.classes[:30])]
+    names, pictures, outlines = [], [], []
+    for name, rows in members:
+        if not len(rows):
+            continue
+        names.append(name)
+        pictures.append([])
+        outlines.append([])
+        for row in rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]:
+            shape = dataset.sizes[row], dataset.fit, 256
+            pictures[-1].append(common.in_proportion(dataset.images[row], *shape))
+            outlines[-1].append([])
+            if dataset.masks is not None:
                 mask = common.in_proportion(dataset.masks[row], *shape, Image.Resampling.NEAREST)
-                cell += [(mask == value, common.COLOURS[value % 7]) for value in np.unique(mask[mask > 0])]
-    common.draw_grid(folder / "contact_sheet.png", pictures, row_labels=list(members), title=dataset.name, outlines=outlines)
+                outlines[-1][-1] = [(mask == value, common.COLOURS[value % 7]) for value in np.unique(mask[mask > 0])]
+    common.draw_grid(folder / "contact_sheet.png", pictures, row_labels=names, title=dataset.name, outlines=outlines)
 
 
 def summarise(folder, sizes, bits, facts):
