@@ -588,7 +588,7 @@ def add_mask_column(source, listed, root, args):
 def index_npz(file, args):
     """MedMNIST: {train,val,test}_{images,labels}, images (N, S, S) or (N, S, S, 3) uint8, labels (N, 1), or (N, L) 0/1.
     Its arrays are unpacked beside what is being built, where images are read one at a time."""
-    scratch = partial_of(args.output) / "unpacked"
+    scratch = Path(f"{args.output}.partial", "unpacked")
     try:
         with zipfile.ZipFile(file) as archive:
             keys = {name.removesuffix(".npy") for name in archive.namelist()}
@@ -1668,11 +1668,6 @@ def already_there(folder, args):
     return True
 
 
-def partial_of(folder):
-    """Where a folder is built."""
-    return Path(f"{folder}.partial")
-
-
 def main(argv=None):
     """Build into NAME.partial, rename it when it is whole. argv: the command line, where a stage calls."""
     args = arguments(argv)
@@ -1681,28 +1676,24 @@ def main(argv=None):
     args.layout, root = recognise(args.source, args)
     args.source = "demo" if args.layout == "demo" else str(Path(args.source).resolve())
     check_output(folder, args)
-    partial = partial_of(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(folder.with_name(f".{folder.name}.lock")):  # a second one waits, then finds it built
             if already_there(folder, args):
                 return
             say(f"{args.source} is understood as: {args.layout}")
-            shutil.rmtree(partial, ignore_errors=True)  # of an interrupted build
-            partial.mkdir()
+            part, old = Path(f"{folder}.partial"), Path(f"{folder}.old")
+            shutil.rmtree(part, ignore_errors=True)  # of an interrupted build
+            shutil.rmtree(old, ignore_errors=True)
+            part.mkdir()
             try:
-                sizes, bits, facts = build(partial, args, root)
-            except BaseException:
-                shutil.rmtree(partial, ignore_errors=True)
-                raise
-            if folder.exists():
-                old = folder.with_name(folder.name + ".old")
+                sizes, bits, facts = build(part, args, root)
+                if folder.exists():
+                    folder.rename(old)
+                part.rename(folder)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
                 shutil.rmtree(old, ignore_errors=True)
-                folder.rename(old)
-                partial.rename(folder)
-                shutil.rmtree(old)
-            else:
-                partial.rename(folder)
     except OSError as error:
         fail(f"--output {folder} cannot be written ({error})")
     summarise(folder, sizes, bits, facts)
