@@ -27,7 +27,7 @@ import zipfile
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import common  # before PyTorch, whose threads it tells how to wait
@@ -1345,51 +1345,48 @@ def to_square(pixels, side, fit):
     return square.permute(1, 2, 0).numpy()
 
 
-class Decoder(torch.utils.data.Dataset):
-    """Decodes a row, with its masks: a dict of "pixels" (side, side, C), "size" (height, width), "note", "digest" of the
-    pixels, "masks" {name: (side, side)}; or of "error" alone."""
+def decode(row, side, fit, classes, ignore):
+    """A row with its masks: a dict of "pixels" (side, side, C), "size" (height, width), "note", "digest" of the pixels,
+    "masks" {name: (side, side)}."""
+    drawn, note = None, ""
+    if isinstance(row.item, str):
+        pixels, size, note = read_image(row.item, side)
+    elif isinstance(row.item, int):
+        pixels, drawn = draw_lesion(row.item)
+        size = drawn.shape
+    else:
+        path, key, number = row.item
+        pixels = open_array(path, key)[number]
+        size = pixels.shape[:2]
+        pixels = pixels.reshape(*size, -1)
+    masks = {}
+    for name, files in {"masks": row.masks, **row.experts}.items():
+        if not files:
+            continue
+        if drawn is None:
+            mask, remark = read_mask(files, classes, ignore)
+        else:
+            mask, remark = drawn.astype(np.uint8), ""
+        if mask.shape != tuple(size):
+            raise ValueError(f"its mask is {mask.shape[1]}x{mask.shape[0]} pixels, it is {size[1]}x{size[0]}")
+        note = "; ".join(filter(None, (note, remark)))
+        masks[name] = reduce_mask(mask, side, fit, classes, ignore)
+    square = to_square(pixels, side, fit)
+    digest = hashlib.blake2b(square.tobytes() + repr(tuple(size)).encode(), digest_size=8).hexdigest()
+    return {"pixels": square, "size": tuple(map(int, size)), "note": note, "digest": digest, "masks": masks}
 
-    def __init__(self, rows, side, fit, classes, ignore):
-        self.rows, self.side, self.fit, self.classes, self.ignore = rows, side, fit, classes, ignore
 
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, i):
+def decode_batch(rows, **how):
+    """What decode makes of some rows, or {"error": why}."""
+    decoded = []
+    for row in rows:
         try:
-            return self.decode(self.rows[i])
+            decoded.append(decode(row, **how))
         # Pillow's plugins raise nearly anything on a damaged file; all are named later
         except Exception as error:
-            return {"error": f"{type(error).__name__}: {error}" if type(error) is not ValueError else str(error)}
-
-    def decode(self, row):
-        """The dict of a row."""
-        drawn, note = None, ""
-        if isinstance(row.item, str):
-            pixels, size, note = read_image(row.item, self.side)
-        elif isinstance(row.item, int):
-            pixels, drawn = draw_lesion(row.item)
-            size = drawn.shape
-        else:
-            path, key, number = row.item
-            pixels = open_array(path, key)[number]
-            size = pixels.shape[:2]
-            pixels = pixels.reshape(*size, -1)
-        masks = {}
-        for name, files in {"masks": row.masks, **row.experts}.items():
-            if not files:
-                continue
-            if drawn is None:
-                mask, remark = read_mask(files, self.classes, self.ignore)
-            else:
-                mask, remark = drawn.astype(np.uint8), ""
-            if mask.shape != tuple(size):
-                raise ValueError(f"its mask is {mask.shape[1]}x{mask.shape[0]} pixels, it is {size[1]}x{size[0]}")
-            note = "; ".join(filter(None, (note, remark)))
-            masks[name] = reduce_mask(mask, self.side, self.fit, self.classes, self.ignore)
-        square = to_square(pixels, self.side, self.fit)
-        digest = hashlib.blake2b(square.tobytes() + repr(tuple(size)).encode(), digest_size=8).hexdigest()
-        return {"pixels": square, "size": tuple(map(int, size)), "note": note, "digest": digest, "masks": masks}
+            kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+            decoded.append({"error": f"{kind}{error}"})
+    return decoded
 
 
 def end_with_parent(worker):
@@ -1398,11 +1395,10 @@ def end_with_parent(worker):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def npy_header(*shape):
-    """The head of an .npy file of uint8, of the same length whatever the number of images."""
-    head = io.BytesIO()
-    np.lib.format.write_array_header_1_0(head, {"descr": "|u1", "fortran_order": False, "shape": shape})
-    return head.getvalue()
+def write_head(file, *shape):
+    """Write the head of an .npy file of uint8 at its start; it is of one length, whatever the number of images."""
+    file.seek(0)
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
 
 
 def check_room(folder, source, side, args):
@@ -1424,11 +1420,11 @@ def write_arrays(folder, source, side, args):
     files = {name: open(folder / f"{name}.npy", "wb") for name in names}
     channels = 1
     for name, file in files.items():
-        file.write(npy_header(1, side, side, *[channels] * (name == "images")))
+        write_head(file, 1, side, side, *[channels] * (name == "images"))
     blank = np.zeros((side, side), np.uint8)
     facts, broken, count = [], [], Counter()
-    decoder = Decoder(source.rows, side, args.fit, len(source.mask_classes or [0, 0]), args.ignore)
-    loader = torch.utils.data.DataLoader(decoder, batch_size=8, num_workers=args.workers, collate_fn=list,
+    decoder = partial(decode_batch, side=side, fit=args.fit, classes=len(source.mask_classes or [0, 0]), ignore=args.ignore)
+    loader = torch.utils.data.DataLoader(source.rows, batch_size=8, num_workers=args.workers, collate_fn=decoder,
                                          worker_init_fn=end_with_parent, prefetch_factor=4 if args.workers else None)
     decoded = (fact for batch in loader for fact in batch)
     for row, fact in zip(source.rows, tqdm(decoded, "preparing", len(source.rows), unit="image")):
@@ -1446,8 +1442,7 @@ def write_arrays(folder, source, side, args):
         count["full"] += "masks" in masks and bool(masks["masks"].all())
         facts.append(fact)
     for name, file in files.items():
-        file.seek(0)
-        file.write(npy_header(len(facts), side, side, *[channels] * (name == "images")))
+        write_head(file, len(facts), side, side, *[channels] * (name == "images"))
         file.close()
     reasons = "; ".join(f"{row.name} ({why})" for row, why in broken)
     leave_out(source, "broken", [row for row, _ in broken],
@@ -1462,13 +1457,14 @@ def write_arrays(folder, source, side, args):
 
 def widen(file, count, side):
     """Rewrite an open images.npy of `count` grey images with three equal channels. Returns it, open at its end."""
+    start = file.tell() - count * side * side
     file.close()
     path = Path(file.name)
     grey = path.rename(path.with_suffix(".grey"))
     wide = open(path, "wb")
-    wide.write(npy_header(1, side, side, 3))
+    write_head(wide, 1, side, side, 3)
     with open(grey, "rb") as pixels:
-        pixels.seek(len(npy_header(1, side, side, 1)))
+        pixels.seek(start)
         for _ in range(count):
             wide.write(np.frombuffer(pixels.read(side * side), np.uint8).repeat(3).tobytes())
     grey.unlink()
