@@ -746,16 +746,14 @@ def index_chexpert(root, args):
     flags = flags_of(file, table, classes, names, known)
     flags[flags.sum(1) == 0, 0] = 1
     patients = [(re.search(r"patient\d+", name) or [name])[0] for name in names]
-    order = sorted(range(len(names)), key=names.__getitem__)
-    splits = random_split(len(names), 0.2, None, [patients[i] for i in order])
-    lateral = [names[i] for i in order if args.view == "frontal" and table["Frontal/Lateral"][i] != "Frontal"]
-    hidden = set(lateral)
-    kept = [(i, split) for i, split in zip(order, splits) if names[i] not in hidden]
-    rows = listed_rows([names[i] for i, _ in kept], [root], root)
-    fill(rows, label=[flags[i] for i, _ in kept], group=[patients[i] for i, _ in kept], split=[split for _, split in kept])
+    rows = fill(listed_rows(names, [root], root), label=flags, group=patients)
+    rows.sort(key=lambda row: row.name)
+    fill(rows, split=random_split(len(rows), 0.2, None, [row.group for row in rows]))
     source = Source(rows, multilabel=True, table=file)
-    if lateral:
-        source.left_out["lateral"] = lateral
+    lateral = {name for name, view in zip(names, table["Frontal/Lateral"]) if view != "Frontal"}
+    if args.view == "frontal" and lateral:
+        source.rows = [row for row in rows if row.name not in lateral]
+        source.left_out["lateral"] = sorted(lateral)
     return source
 
 
