@@ -799,23 +799,22 @@ def index_csaws(root, args):
     for folder in (root / "anonymized_dataset", root / "test_data" / "anonymized_dataset"):
         scans = {}  # an 8-bit duplicate sorts behind its original and takes its place
         for name in files_under(folder)[0]:
-            match = re.fullmatch(r".*/(\w+_\d+?)(_8bit)?\.png", f"/{name}")
+            match = re.fullmatch(r"(?:.*/)?((\w+)_\d+?)(?:_8bit)?\.png", name)
             if match:
-                scans[match[1]] = Row(str(folder / name), (folder / name).relative_to(root).as_posix())
+                path = folder / name
+                split = "val" if match[2] in CSAWS_VAL else "train"
+                scans[match[1]] = Row(str(path), path.relative_to(root).as_posix(), split=split, group=match[2])
         if not scans:
             fail(f"{folder}: no scan such as 000/000_0.png")
-        for stem, row in scans.items():
-            row.group = stem.rsplit("_", 1)[0]
-            row.split = "val" if row.group in CSAWS_VAL else "train"
+        rows = list(scans.values())
         if folder.parent == root:
-            fill(scans.values(), masks=csaws_masks(scans, folder, wanted))
+            fill(rows, masks=csaws_masks(scans, folder, wanted))
         else:
-            fill(scans.values(), split=["test"] * len(scans))
-            for expert in ("annotator_1", "annotator_2", "annotator_3"):
-                for row, masks in zip(scans.values(), csaws_masks(scans, folder.parent / expert, wanted)):
-                    row.experts[expert] = masks
-                    row.masks = row.masks or masks
-        source.rows += scans.values()
+            experts = [csaws_masks(scans, folder.parent / f"annotator_{k}", wanted) for k in (1, 2, 3)]
+            fill(rows, split=["test"] * len(rows), masks=experts[0])
+            for row, of_each in zip(rows, zip(*experts)):
+                row.experts = {f"annotator_{k}": masks for k, masks in enumerate(of_each, 1)}
+        source.rows += rows
     return source
 
 
