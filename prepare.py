@@ -1025,14 +1025,13 @@ def share_out(flags, units, shares, rng, least):
     """Split images into parts of the given shares: [0, 1, ...] an image. Iterative stratification (Sechidis et al. 2011,
     algorithm 1): the label with the fewest images left goes first, each of its units to the part that lacks it most;
     what rounding gave a part too much counts against it at the next label. flags (N, L) bool; units: lists of images
-    that stay together; least: a label with so many images stands in every part, one with fewer in the first alone (None:
+    that stay together; least: a label with so many images stands in every part, one with fewer in the first alone (math.inf:
     no such rule)."""
     flags = np.concatenate([flags, ~flags.any(1, keepdims=True)], 1)  # no label at all is a label too
     counts = np.array([flags[unit].sum(0) for unit in units])
     totals = flags.sum(0)
     parts = [p for p, share in enumerate(shares) if share > 0]
-    one_label = least is not None and (flags.sum(1) == 1).all()
-    least = math.inf if least is None else least
+    one_label = least < math.inf and (flags.sum(1) == 1).all()
     room = apportion(len(flags), shares)
     if one_label:  # a class of three has one image in each part, even if that makes small parts larger
         common_labels = int((totals >= least).sum())
@@ -1145,7 +1144,7 @@ def deal_folds(source, digests, args):
     val = np.array([[row.split == "val"] for row, _ in rows])
     flags = np.concatenate([labels, labels & val], 1)
     shares = [1 / args.folds] * args.folds
-    folds = share_out(flags, list(units.values()), shares, np.random.default_rng([args.split_seed, 1]), None)
+    folds = share_out(flags, list(units.values()), shares, np.random.default_rng([args.split_seed, 1]), math.inf)
     fill([row for row, _ in rows], fold=folds.tolist())
     sizes = np.bincount(folds, minlength=args.folds)
     if not sizes.all():
