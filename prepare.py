@@ -12,6 +12,7 @@ test/ or at once; images/ and masks/; a flat folder without labels; and the seve
 import argparse
 import csv
 import ctypes
+import functools
 import hashlib
 import io
 import json
@@ -27,7 +28,6 @@ import zipfile
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, partial
 from pathlib import Path
 
 import common  # before PyTorch, whose threads it tells how to wait
@@ -313,7 +313,7 @@ def one_channel(pixels):
     return pixels[..., :1] if (red == green).all() and (green == blue).all() else pixels
 
 
-@cache  # a file a process: h5py's must not be shared by forks
+@functools.cache  # a file a process: h5py's must not be shared by forks
 def open_hdf5(path, process):
     """An open HDF5 file."""
     try:
@@ -1397,29 +1397,24 @@ def write_head(file, *shape):
     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
 
 
-def check_room(folder, source, side, args):
-    """Refuse what would not fit on the disk."""
-    room = shutil.disk_usage(folder).free
-    layers = 3 + bool(source.mask_classes) + max(len(row.experts) for row in source.rows)
-    needed = len(source.rows) * side * side * layers
-    if needed > room:
-        fail(f"--output {args.output}: {len(source.rows)} images of {side} x {side} take up to {needed / 1e9:.1f} GB and "
-             f"{room / 1e9:.1f} GB are free; lower --side, or give a folder on another disk")
-
-
 def write_arrays(folder, source, side, args):
     """Decode everything into images.npy and masks*.npy of a folder, one image at a time. Returns facts {"size", "digest",
     "note"} of each row; those that are broken leave the source, or are refused by name."""
-    check_room(folder, source, side, args)
     names = ["images"] + ["masks"] * bool(source.mask_classes)
     names += sorted({f"masks-{expert}" for row in source.rows for expert in row.experts})
+    needed = len(source.rows) * side * side * (2 + len(names))  # images may have 3 channels
+    room = shutil.disk_usage(folder).free
+    if needed > room:
+        fail(f"--output {args.output}: {len(source.rows)} images of {side} x {side} take up to {needed / 1e9:.1f} GB and "
+             f"{room / 1e9:.1f} GB are free; lower --side, or give a folder on another disk")
     files = {name: open(folder / f"{name}.npy", "wb") for name in names}
     channels = 1
     for name, file in files.items():
         write_head(file, 1, side, side, *[channels] * (name == "images"))
     blank = np.zeros((side, side), np.uint8)
     facts, broken, count = [], [], Counter()
-    decoder = partial(decode_batch, side=side, fit=args.fit, classes=len(source.mask_classes or [0, 0]), ignore=args.ignore)
+    classes = len(source.mask_classes or [])
+    decoder = functools.partial(decode_batch, side=side, fit=args.fit, classes=classes, ignore=args.ignore)
     loader = torch.utils.data.DataLoader(source.rows, batch_size=8, num_workers=args.workers, collate_fn=decoder,
                                          worker_init_fn=end_with_parent, prefetch_factor=4 if args.workers else None)
     decoded = (fact for batch in loader for fact in batch)
@@ -1642,18 +1637,15 @@ def check_output(folder, args):
 
 def already_there(folder, args):
     """Whether the folder holds what this command makes; another one's is an error unless --overwrite."""
-    if not folder.exists():
-        return False
-    if args.overwrite and (folder / "dataset.json").is_file():
+    if not folder.exists() or args.overwrite and (folder / "dataset.json").is_file():
         return False
     try:
-        old = json.loads((folder / "dataset.json").read_text())
-        arguments = old["arguments"]
+        there = json.loads((folder / "dataset.json").read_text())["arguments"]
     except (OSError, ValueError, KeyError):
         fail(f"--output {folder} is there already and no folder that prepare.py made, which --overwrite does not replace either; "
              "give another")
     here = compared(args)
-    differ = [f"{k} {arguments.get(k)!r} there, {here[k]!r} here" for k in here if arguments.get(k) != here[k]]
+    differ = [f"{name} {there.get(name)!r} there, {here[name]!r} here" for name in here if there.get(name) != here[name]]
     if differ:
         fail(f"--output {folder} was prepared otherwise: {some(differ)}; give another, or --overwrite")
     say(f"{folder} is prepared already (--overwrite does it again)")
@@ -1674,18 +1666,19 @@ def main(argv=None):
             if already_there(folder, args):
                 return
             say(f"{args.source} is understood as: {args.layout}")
-            part, old = Path(f"{folder}.partial"), Path(f"{folder}.old")
-            shutil.rmtree(part, ignore_errors=True)  # of an interrupted build
-            shutil.rmtree(old, ignore_errors=True)
-            part.mkdir()
+            partial = Path(f"{folder}.partial")
+            old = folder.with_name(f".{folder.name}.old")
+            for rest in (partial, old):  # of an interrupted build
+                shutil.rmtree(rest, ignore_errors=True)
+            partial.mkdir()
             try:
-                sizes, bits, facts = build(part, args, root)
+                sizes, bits, facts = build(partial, args, root)
                 if folder.exists():
                     folder.rename(old)
-                part.rename(folder)
+                partial.rename(folder)
             finally:
-                shutil.rmtree(part, ignore_errors=True)
-                shutil.rmtree(old, ignore_errors=True)
+                shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         fail(f"--output {folder} cannot be written ({error})")
     summarise(folder, sizes, bits, facts)
