@@ -428,10 +428,9 @@ def index_csv(root, args):
     folders = [folder / part for folder in dict.fromkeys((file.parent, root)) for part in ("", *IMAGE_FOLDERS)]
     listed = table[args.image_column]
     source = Source(listed_rows(listed, [folder for folder in folders if folder.is_dir()], root), table=file)
-    if "split" in table and not args.split_column:
-        say(f"note: the column \"split\" of {file} is not used; --split-column split takes it")
-    if "fold" in table and not args.fold_column:
-        say(f"note: the column \"fold\" of {file} is not used; --fold-column fold takes it")
+    for name, column in (("split", args.split_column), ("fold", args.fold_column)):
+        if name in table and not column:
+            say(f"note: the column \"{name}\" of {file} is not used; --{name}-column {name} takes it")
     if args.fold_column:
         folds = table[args.fold_column]
         wrong = [f"{fold!r} of {name}" for name, fold in zip(listed, folds) if fold and not fold.isdigit()]
