@@ -401,15 +401,19 @@ def listed_rows(listed, folders, root):
     return rows
 
 
-def flags_of(file, table, columns, names, known):
-    """(N, L) uint8 of columns of 0/1, by the dict known {text: 0 or 1}; all other cells are named."""
-    flags = np.array([[known.get(cell.lower(), 9) for cell in table[column]] for column in columns], np.uint8).T
-    wrong = [f"{columns[k]} {table[columns[k]][i]!r} of {names[i]}" for i, k in np.argwhere(flags == 9)]
-    refuse(wrong, f"{file}: columns of several labels hold 0 or 1, or what means that; {len(wrong)} cells do not")
-    return flags
-
-
 # ---------------------------------------------------------------- layouts: one's own ------------------------
+
+def translate(file, table, columns, names, known, expected):
+    """The cells of some columns by the dict known {lower-case text: value}: [value of each row] of each column. All cells
+    that are not in it are named."""
+    wrong = []
+    for column in columns:
+        for name, cell in zip(names, table[column]):
+            if cell.lower() not in known:
+                wrong.append(f"{column} {cell!r} of {name}")
+    refuse(wrong, f"{file}: {len(wrong)} cells hold none of {expected}")
+    return [[known[cell.lower()] for cell in table[column]] for column in columns]
+
 
 def index_demo(root, args):
     """900 drawn lesions (see draw_lesion) in four classes, 600 / 100 / 200, with their outlines as masks."""
@@ -427,15 +431,14 @@ def index_csv(root, args):
                               *filter(None, (args.split_column, args.group_column, args.mask_column, args.fold_column))])
     folders = [folder / part for folder in dict.fromkeys((file.parent, root)) for part in ("", *IMAGE_FOLDERS)]
     listed = table[args.image_column]
-    source = Source(listed_rows(listed, [folder for folder in folders if folder.is_dir()], root), table=file)
+    source = Source(listed_rows(listed, folders, root), table=file)
     for name, column in (("split", args.split_column), ("fold", args.fold_column)):
         if name in table and not column:
             say(f"note: the column \"{name}\" of {file} is not used; --{name}-column {name} takes it")
     if args.fold_column:
-        folds = table[args.fold_column]
-        wrong = [f"{fold!r} of {name}" for name, fold in zip(listed, folds) if fold and not fold.isdigit()]
-        refuse(wrong, f"{file}: {len(wrong)} folds are no whole numbers")
-        fill(source.rows, fold=[int(fold) if fold else None for fold in folds])
+        known = {text: int(text) for text in table[args.fold_column] if text.isdigit()}
+        known[""] = None
+        fill(source.rows, fold=translate(file, table, [args.fold_column], listed, known, "the whole numbers of folds")[0])
     if args.mask_column:
         add_mask_column(source, table[args.mask_column], root, args)
     elif args.label_column != ["none"]:
@@ -444,8 +447,9 @@ def index_csv(root, args):
     if not args.label_column and "label" in table:
         labels = ["label"]
     if len(labels) > 1:
-        flags = flags_of(file, table, labels, listed, {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1})
-        fill(source.rows, label=flags)
+        known = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
+        flags = translate(file, table, labels, listed, known, "0 or 1, or what means that")
+        fill(source.rows, label=np.array(flags, np.uint8).T)
         source.classes, source.multilabel = labels, True
     elif labels:
         fill(source.rows, label=table[labels[0]])
@@ -454,12 +458,11 @@ def index_csv(root, args):
     if args.group_column:
         fill(source.rows, group=table[args.group_column])
     if args.split_column:
-        texts = table[args.split_column]
-        wrong = [f"{text!r} of {name}" for name, text in zip(listed, texts) if text and text.lower() not in SPLIT_NAMES]
-        refuse(wrong, f"{file}: {len(wrong)} splits are none of train, val, test")
-        fill(source.rows, split=[SPLIT_NAMES.get(text.lower(), "") for text in texts])
-        if "" in texts:
-            say(f"note: {texts.count('')} images have a blank split: no stage sees them")
+        known = {**SPLIT_NAMES, "": ""}
+        fill(source.rows, split=translate(file, table, [args.split_column], listed, known, "train, val, test")[0])
+        blank = table[args.split_column].count("")
+        if blank:
+            say(f"note: {blank} images have a blank split: no stage sees them")
     return source
 
 
@@ -576,8 +579,7 @@ def pair_masks(source, root, masks):
 
 def add_mask_column(source, listed, root, args):
     """Give each row the mask that its table names."""
-    folders = [source.table.parent, root, *(root / name for name in MASK_FOLDERS)]
-    paths = locate(listed, [folder for folder in folders if folder.is_dir()])
+    paths = locate(listed, [source.table.parent, root, *(root / name for name in MASK_FOLDERS)])
     missing = [text or row.name for text, row, path in zip(listed, source.rows, paths) if path is None]
     if not args.skip_broken:
         refuse(missing, f"{source.table}: {len(missing)} masks are not there; --skip-broken leaves them out")
@@ -742,7 +744,7 @@ def index_chexpert(root, args):
     table = read_table(file, ["Path", "Frontal/Lateral", *classes])
     names = [re.sub(r"^CheXpert-v1\.0[^/]*/", "", name) for name in table["Path"]]
     known = {"": 0, "0": 0, "0.0": 0, "-1": 0, "-1.0": 0, "1": 1, "1.0": 1}
-    flags = flags_of(file, table, classes, names, known)
+    flags = np.array(translate(file, table, classes, names, known, "0 or 1, -1 or blank"), np.uint8).T
     flags[flags.sum(1) == 0, 0] = 1
     patients = [(re.search(r"patient\d+", name) or [name])[0] for name in names]
     rows = fill(listed_rows(names, [root], root), label=flags, group=patients)
