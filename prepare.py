@@ -594,16 +594,16 @@ def index_npz(file, args):
         with zipfile.ZipFile(file) as archive:
             keys = {name.removesuffix(".npy") for name in archive.namelist()}
             parts = [part for part in SPLITS if f"{part}_images" in keys]
-            if not parts or any(f"{part}_labels" not in keys for part in parts):
+            wanted = [f"{part}_{what}" for part in parts for what in ("images", "labels")]
+            if not parts or not keys.issuperset(wanted):
                 fail(f"{file}: expected train_images, train_labels, val_images, ... as in MedMNIST; found "
                      f"{some(sorted(keys), 12)}")
-            archive.extractall(scratch, [f"{part}_{what}.npy" for part in parts for what in ("images", "labels")])
-        arrays = {part: [np.load(scratch / f"{part}_{what}.npy", mmap_mode="r") for what in ("images", "labels")]
-                  for part in parts}
+            archive.extractall(scratch, [f"{name}.npy" for name in wanted])
+        arrays = [np.load(scratch / f"{name}.npy", mmap_mode="r") for name in wanted]
     except (zipfile.BadZipFile, OSError, ValueError) as error:
         fail(f"{file}: not a readable .npz ({error})")
     source = Source([])
-    for part, (images, labels) in arrays.items():
+    for part, images, labels in zip(parts, arrays[::2], arrays[1::2]):
         square = images.ndim in (3, 4) and images.shape[1] == images.shape[2] and images.shape[3:] in ((), (1,), (3,))
         if not square or images.dtype != np.uint8:
             volumes = "; volumes are no images" if images.ndim == 4 and images.shape[3] not in (1, 3) else ""
