@@ -401,8 +401,6 @@ def listed_rows(listed, folders, root):
     return rows
 
 
-# ---------------------------------------------------------------- layouts: one's own ------------------------
-
 def translate(file, table, columns, names, known, expected):
     """The cells of some columns by the dict known {lower-case text: value}: [value of each row] of each column. All cells
     that are not in it are named."""
@@ -414,6 +412,8 @@ def translate(file, table, columns, names, known, expected):
     refuse(wrong, f"{file}: {len(wrong)} cells hold none of {expected}")
     return [[known[cell.lower()] for cell in table[column]] for column in columns]
 
+
+# ---------------------------------------------------------------- layouts: one's own ------------------------
 
 def index_demo(root, args):
     """900 drawn lesions (see draw_lesion) in four classes, 600 / 100 / 200, with their outlines as masks."""
@@ -1350,6 +1350,7 @@ def decode(row, side, fit, classes, ignore):
         pixels, size, note = read_image(row.item, side)
     elif isinstance(row.item, int):
         pixels, drawn = draw_lesion(row.item)
+        drawn = drawn.astype(np.uint8)
         size = drawn.shape
     else:
         path, key, number = row.item
@@ -1360,10 +1361,7 @@ def decode(row, side, fit, classes, ignore):
     for name, files in {"masks": row.masks, **row.experts}.items():
         if not files:
             continue
-        if drawn is None:
-            mask, remark = read_mask(files, classes, ignore)
-        else:
-            mask, remark = drawn.astype(np.uint8), ""
+        mask, remark = read_mask(files, classes, ignore) if drawn is None else (drawn, "")
         if mask.shape != tuple(size):
             raise ValueError(f"its mask is {mask.shape[1]}x{mask.shape[0]} pixels, it is {size[1]}x{size[0]}")
         note = "; ".join(filter(None, (note, remark)))
@@ -1449,14 +1447,13 @@ def write_arrays(folder, source, side, args):
 
 def widen(file, count, side):
     """Rewrite an open images.npy of `count` grey images with three equal channels. Returns it, open at its end."""
-    start = file.tell() - count * side * side
     file.close()
     path = Path(file.name)
     grey = path.rename(path.with_suffix(".grey"))
     wide = open(path, "wb")
     write_head(wide, 1, side, side, 3)
     with open(grey, "rb") as pixels:
-        pixels.seek(start)
+        pixels.seek(wide.tell())  # behind the head, as long as this one
         for _ in range(count):
             wide.write(np.frombuffer(pixels.read(side * side), np.uint8).repeat(3).tobytes())
     grey.unlink()
@@ -1521,14 +1518,20 @@ def write_meta(folder, source, args, side, **own):
         "arguments": compared(args), "left_out": source.left_out, **own})
 
 
+def flags_by_class(dataset):
+    """(N, L) bool: which classes or labels the images of a Dataset have."""
+    if dataset.task == "classes":
+        return dataset.labels[:, None] == np.arange(len(dataset.classes))
+    return dataset.labels > 0
+
+
 def contact_sheet(folder, count=6):
     """Draw training images, `count` of each class a row, or 3 rows without classes, with the outlines of their masks."""
     dataset = common.open_dataset(folder)
     rows = next((rows for rows in dataset.rows.values() if len(rows)), np.arange(len(dataset.paths)))
     members = [("", rows[start:start + count]) for start in (0, count, 2 * count)]
     if dataset.classes:
-        labels = dataset.labels[rows]
-        flags = labels[:, None] == np.arange(len(dataset.classes)) if dataset.task == "classes" else labels > 0
+        flags = flags_by_class(dataset)[rows]
         members = [(name, rows[flags[:, k]]) for k, name in enumerate(dataset.classes[:30])]
     names, pictures, outlines = [], [], []
     for name, rows in members:
@@ -1551,9 +1554,10 @@ def summarise(folder, sizes, bits, facts):
     """Print what was understood: images per split and class, sizes, channels, bit depth, groups."""
     dataset = common.open_dataset(folder)
     table = [["images", *dataset.counts.values()]]
-    for k, name in enumerate(dataset.classes):
-        labels = [dataset.labels[rows] for rows in dataset.rows.values()]
-        table.append([f"  {name}", *(int(np.sum(y == k if dataset.task == "classes" else y[:, k])) for y in labels)])
+    if dataset.classes:
+        flags = flags_by_class(dataset)
+        counts = [flags[rows].sum(0).tolist() for rows in dataset.rows.values()]
+        table += [[f"  {name}", *row] for name, *row in zip(dataset.classes, *counts)]
     if dataset.groups:
         table.append(["groups", *(len(set(dataset.groups_of(rows))) for rows in dataset.rows.values())])
     if dataset.masks is not None:
