@@ -12,6 +12,7 @@ test/ or at once; images/ and masks/; a flat folder without labels; and the seve
 import argparse
 import csv
 import ctypes
+import functools
 import hashlib
 import io
 import json
@@ -27,7 +28,6 @@ import zipfile
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
 import common  # before PyTorch, whose threads it tells how to wait
@@ -112,7 +112,7 @@ class Row:
     split: str = None  # train, val, test, "" for none; None where the source has no splits
     group: str = None
     fold: int = None
-    masks: list = None  # [(class or None, file), ...]
+    masks: list = None  # [(class or None, file), ...]; None where the source has no masks
     experts: dict = field(default_factory=dict)  # {annotator: like masks}
 
 
@@ -145,12 +145,16 @@ def fill(rows, **columns):
     return rows
 
 
-def leave_out(source, why, unwanted):
-    """Take rows out of a source, and note why."""
-    if unwanted:
-        gone = set(map(id, unwanted))
-        source.rows = [row for row in source.rows if id(row) not in gone]
-        source.left_out[why] = [row.name for row in unwanted]
+def leave_out(source, why, unusable, message, args):
+    """Take rows that cannot be used out of a source, and note why; an error without --skip-broken, or if none are left."""
+    if not unusable:
+        return
+    if not args.skip_broken or len(unusable) == len(source.rows):
+        fail(f"{message}. Mend or remove them, or leave them out with --skip-broken")
+    say(f"left out: {message}")
+    gone = set(map(id, unusable))
+    source.rows = [row for row in source.rows if id(row) not in gone]
+    source.left_out[why] = [row.name for row in unusable]
 
 
 # ---------------------------------------------------------------- image files -------------------------------
@@ -178,23 +182,17 @@ def files_under(folder):
     """(image files, other files) under a folder, each sorted: paths below it with forward slashes. Links to folders
     are followed; hidden files and the folders that notebooks and archives leave behind are passed over."""
     images, others = [], []
-    above = {str(folder): ()}  # the real folders that each folder lies in
     for place, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        chain = above.pop(place)
-        if real in chain:  # a link to a folder above it
+        below = Path(place).relative_to(folder)
+        if any(os.path.samefile(place, Path(folder, parent)) for parent in below.parents):  # a link to a folder above it
             folders.clear()
             continue
         folders[:] = [name for name in folders if name[0] != "." and name != "__MACOSX"]
-        above |= {os.path.join(place, name): (*chain, real) for name in folders}
-        below = os.path.relpath(place, folder).replace(os.sep, "/") + "/"
-        below = below.removeprefix("./")
         for name in names:
             if name[0] == "." or name in ("Thumbs.db", "desktop.ini", "DICOMDIR"):
                 continue
-            suffix = os.path.splitext(name)[1].lower()
-            known = suffix in SUFFIXES or (not suffix or suffix[1:].isdigit()) and is_dicom(os.path.join(place, name))
-            (images if known else others).append(below + name)
+            known = os.path.splitext(name)[1].lower() in SUFFIXES or is_dicom(os.path.join(place, name))
+            (images if known else others).append((below / name).as_posix())
     return sorted(images), sorted(others)
 
 
@@ -315,7 +313,7 @@ def one_channel(pixels):
     return pixels[..., :1] if (red == green).all() and (green == blue).all() else pixels
 
 
-@cache  # a file a process: h5py's must not be shared by forks
+@functools.cache  # a file a process: h5py's must not be shared by forks
 def open_hdf5(path, process):
     """An open HDF5 file."""
     try:
@@ -403,12 +401,16 @@ def listed_rows(listed, folders, root):
     return rows
 
 
-def flags_of(file, table, columns, names, known):
-    """(N, L) uint8 of columns of 0/1, by the dict known {text: 0 or 1}; all other cells are named."""
-    flags = np.array([[known.get(cell.lower(), 9) for cell in table[column]] for column in columns], np.uint8).T
-    wrong = [f"{columns[k]} {table[columns[k]][i]!r} of {names[i]}" for i, k in np.argwhere(flags == 9)]
-    refuse(wrong, f"{file}: columns of several labels hold 0 or 1, or what means that; {len(wrong)} cells do not")
-    return flags
+def translate(file, table, columns, names, known, expected):
+    """The cells of some columns by the dict known {lower-case text: value}: [value of each row] of each column. All cells
+    that are not in it are named."""
+    wrong = []
+    for column in columns:
+        for name, cell in zip(names, table[column]):
+            if cell.lower() not in known:
+                wrong.append(f"{column} {cell!r} of {name}")
+    refuse(wrong, f"{file}: {len(wrong)} cells hold none of {expected}")
+    return [[known[cell.lower()] for cell in table[column]] for column in columns]
 
 
 # ---------------------------------------------------------------- layouts: one's own ------------------------
@@ -429,40 +431,38 @@ def index_csv(root, args):
                               *filter(None, (args.split_column, args.group_column, args.mask_column, args.fold_column))])
     folders = [folder / part for folder in dict.fromkeys((file.parent, root)) for part in ("", *IMAGE_FOLDERS)]
     listed = table[args.image_column]
-    source = Source(listed_rows(listed, [folder for folder in folders if folder.is_dir()], root), table=file)
-    if "split" in table and not args.split_column:
-        say(f"note: the column \"split\" of {file} is not used; --split-column split takes it")
-    if "fold" in table and not args.fold_column:
-        say(f"note: the column \"fold\" of {file} is not used; --fold-column fold takes it")
+    source = Source(listed_rows(listed, folders, root), table=file)
+    for name, column in (("split", args.split_column), ("fold", args.fold_column)):
+        if name in table and not column:
+            say(f"note: the column \"{name}\" of {file} is not used; --{name}-column {name} takes it")
     if args.fold_column:
-        folds = table[args.fold_column]
-        wrong = [f"{fold!r} of {name}" for name, fold in zip(listed, folds) if fold and not fold.isdigit()]
-        refuse(wrong, f"{file}: {len(wrong)} folds are no whole numbers")
-        fill(source.rows, fold=[int(fold) if fold else None for fold in folds])
+        known = {text: int(text) for text in table[args.fold_column] if text.isdigit()}
+        known[""] = None
+        fill(source.rows, fold=translate(file, table, [args.fold_column], listed, known, "the whole numbers of folds")[0])
     if args.mask_column:
         add_mask_column(source, table[args.mask_column], root, args)
     elif args.label_column != ["none"]:
         listed_too = {row.name for row in source.rows}  # an image may stand in a folder called label
-        pair_masks(source, root, [name for name in split_masks(files_under(root)[0])[1] if name not in listed_too], args)
+        pair_masks(source, root, [name for name in split_masks(files_under(root)[0])[1] if name not in listed_too])
     if not args.label_column and "label" in table:
         labels = ["label"]
     if len(labels) > 1:
-        flags = flags_of(file, table, labels, listed, {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1})
-        fill(source.rows, label=flags)
+        known = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
+        flags = translate(file, table, labels, listed, known, "0 or 1, or what means that")
+        fill(source.rows, label=np.array(flags, np.uint8).T)
         source.classes, source.multilabel = labels, True
     elif labels:
         fill(source.rows, label=table[labels[0]])
-    elif args.label_column != ["none"] and not any(row.masks for row in source.rows):
+    elif args.label_column != ["none"] and all(row.masks is None for row in source.rows):
         fail(f"{file}: no column 'label'; it has {some(map(repr, table), 30)}: name one with --label-column, or none")
     if args.group_column:
         fill(source.rows, group=table[args.group_column])
     if args.split_column:
-        texts = table[args.split_column]
-        wrong = [f"{text!r} of {name}" for name, text in zip(listed, texts) if text and text.lower() not in SPLIT_NAMES]
-        refuse(wrong, f"{file}: {len(wrong)} splits are none of train, val, test")
-        fill(source.rows, split=[SPLIT_NAMES.get(text.lower(), "") for text in texts])
-        if "" in texts:
-            say(f"note: {texts.count('')} images have a blank split: no stage sees them")
+        known = {**SPLIT_NAMES, "": ""}
+        fill(source.rows, split=translate(file, table, [args.split_column], listed, known, "train, val, test")[0])
+        blank = table[args.split_column].count("")
+        if blank:
+            say(f"note: {blank} images have a blank split: no stage sees them")
     return source
 
 
@@ -503,7 +503,7 @@ def index_files(root, args):
             tops = sorted({name.split("/")[0] for name in images})
             fail(f"{root}: expected every image below train/, val/ or test/, train at least; found {some(tops)}")
     label_by_folder(source, root, others)
-    pair_masks(source, root, masks, args)
+    pair_masks(source, root, masks)
     return source
 
 
@@ -528,10 +528,6 @@ def label_by_folder(source, root, others):
     if homeless:
         fail(f"{root}: {len(homeless)} images stand in no class folder, such as {some(homeless, 3)}; move them into folders of "
              "their class, or out of here (unlabelled images are for finetune.py --predict, and for DINO by --layout flat)")
-    known = {row.label for row in source.rows if row.split in ("train", None)}
-    strange = sorted({row.label for row in source.rows} - known)
-    if strange:
-        fail(f"{root}: class {some(map(repr, strange))} is not in train, which has {some(sorted(known))}")
     classes = {name.rsplit("/", 1)[0] for name in others if "/" in name and mask_place(name) is None}
     for folder in sorted(classes - {row.name.rsplit("/", 1)[0] for row in source.rows}):
         inside = [name for name in others if name.startswith(folder + "/")]
@@ -556,7 +552,7 @@ def split_masks(files):
     return images, masks
 
 
-def pair_masks(source, root, masks, args):
+def pair_masks(source, root, masks):
     """Give each row its masks: those with the same path, but for a folder images/ or masks/ in it, and by name or with
     _mask, _segmentation, _seg, _gt, _1 behind it. Images without one are named."""
     keys = defaultdict(list)
@@ -578,46 +574,36 @@ def pair_masks(source, root, masks, args):
     if orphans:
         say(f"note: {len(orphans)} masks belong to no image and are not used: {some(orphans)}")
     if masks:
-        require_masks(source, args)
+        fill(source.rows, masks=[row.masks or [] for row in source.rows])
 
 
 def add_mask_column(source, listed, root, args):
     """Give each row the mask that its table names."""
-    folders = [source.table.parent, root, *(root / name for name in MASK_FOLDERS)]
-    paths = locate(listed, [folder for folder in folders if folder.is_dir()])
+    paths = locate(listed, [source.table.parent, root, *(root / name for name in MASK_FOLDERS)])
     missing = [text or row.name for text, row, path in zip(listed, source.rows, paths) if path is None]
     if not args.skip_broken:
         refuse(missing, f"{source.table}: {len(missing)} masks are not there; --skip-broken leaves them out")
     fill(source.rows, masks=[[(None, path)] if path else [] for path in paths])
 
 
-def require_masks(source, args):
-    """Refuse images without a mask where there are masks, unless --skip-broken, which leaves them out later."""
-    lacking = [row.name for row in source.rows if not row.masks]
-    if not args.skip_broken:
-        refuse(lacking, f"{len(lacking)} of {len(source.rows)} images have no mask of their name; --skip-broken leaves "
-               "them out")
-    fill(source.rows, masks=[row.masks or [] for row in source.rows])
-
-
 def index_npz(file, args):
     """MedMNIST: {train,val,test}_{images,labels}, images (N, S, S) or (N, S, S, 3) uint8, labels (N, 1), or (N, L) 0/1.
     Its arrays are unpacked beside what is being built, where images are read one at a time."""
-    scratch = partial_of(args.output) / "unpacked"
+    scratch = Path(f"{args.output}.partial", "unpacked")
     try:
         with zipfile.ZipFile(file) as archive:
             keys = {name.removesuffix(".npy") for name in archive.namelist()}
             parts = [part for part in SPLITS if f"{part}_images" in keys]
-            if not parts or any(f"{part}_labels" not in keys for part in parts):
+            wanted = [f"{part}_{what}" for part in parts for what in ("images", "labels")]
+            if not parts or not keys.issuperset(wanted):
                 fail(f"{file}: expected train_images, train_labels, val_images, ... as in MedMNIST; found "
                      f"{some(sorted(keys), 12)}")
-            archive.extractall(scratch, [f"{part}_{what}.npy" for part in parts for what in ("images", "labels")])
-        arrays = {part: [np.load(scratch / f"{part}_{what}.npy", mmap_mode="r") for what in ("images", "labels")]
-                  for part in parts}
+            archive.extractall(scratch, [f"{name}.npy" for name in wanted])
+        arrays = [np.load(scratch / f"{name}.npy", mmap_mode="r") for name in wanted]
     except (zipfile.BadZipFile, OSError, ValueError) as error:
         fail(f"{file}: not a readable .npz ({error})")
     source = Source([])
-    for part, (images, labels) in arrays.items():
+    for part, images, labels in zip(parts, arrays[::2], arrays[1::2]):
         square = images.ndim in (3, 4) and images.shape[1] == images.shape[2] and images.shape[3:] in ((), (1,), (3,))
         if not square or images.dtype != np.uint8:
             volumes = "; volumes are no images" if images.ndim == 4 and images.shape[3] not in (1, 3) else ""
@@ -668,14 +654,15 @@ def random_split(count, share, seed, groups=None):
     members = list(members.values())
     if seed is not None:
         random.Random(seed).shuffle(members)
+    order = [i for group in members for i in group]
     ends = np.cumsum([0, *map(len, members)])
     held = int(count * share)
-    half = int(ends[np.searchsorted(ends, held // 2)])
-    held = int(ends[np.searchsorted(ends, held)])
-    splits = [""] * count
-    for place, i in enumerate(i for group in members for i in group):
-        splits[i] = "val" if place < half else "test" if place < held else "train"
-    return splits
+    half = ends[np.searchsorted(ends, held // 2)]
+    held = ends[np.searchsorted(ends, held)]
+    splits = np.full(count, "train", object)
+    splits[order[:half]] = "val"
+    splits[order[half:held]] = "test"
+    return splits.tolist()
 
 
 def index_aptos2019(root, args):
@@ -757,19 +744,17 @@ def index_chexpert(root, args):
     table = read_table(file, ["Path", "Frontal/Lateral", *classes])
     names = [re.sub(r"^CheXpert-v1\.0[^/]*/", "", name) for name in table["Path"]]
     known = {"": 0, "0": 0, "0.0": 0, "-1": 0, "-1.0": 0, "1": 1, "1.0": 1}
-    flags = flags_of(file, table, classes, names, known)
+    flags = np.array(translate(file, table, classes, names, known, "0 or 1, -1 or blank"), np.uint8).T
     flags[flags.sum(1) == 0, 0] = 1
     patients = [(re.search(r"patient\d+", name) or [name])[0] for name in names]
-    order = sorted(range(len(names)), key=names.__getitem__)
-    splits = random_split(len(names), 0.2, None, [patients[i] for i in order])
-    lateral = [names[i] for i in order if args.view == "frontal" and table["Frontal/Lateral"][i] != "Frontal"]
-    hidden = set(lateral)
-    kept = [(i, split) for i, split in zip(order, splits) if names[i] not in hidden]
-    rows = listed_rows([names[i] for i, _ in kept], [root], root)
-    fill(rows, label=[flags[i] for i, _ in kept], group=[patients[i] for i, _ in kept], split=[split for _, split in kept])
+    rows = fill(listed_rows(names, [root], root), label=flags, group=patients)
+    rows.sort(key=lambda row: row.name)
+    fill(rows, split=random_split(len(rows), 0.2, None, [row.group for row in rows]))
     source = Source(rows, multilabel=True, table=file)
-    if lateral:
-        source.left_out["lateral"] = lateral
+    lateral = {name for name, view in zip(names, table["Frontal/Lateral"]) if view != "Frontal"}
+    if args.view == "frontal" and lateral:
+        source.rows = [row for row in rows if row.name not in lateral]
+        source.left_out["lateral"] = sorted(lateral)
     return source
 
 
@@ -804,7 +789,6 @@ def index_isic2018(root, args):
             fill(source.rows, split=["train" if row.split == "test" else row.split for row in source.rows])
             fill(rows, split=["test"] * len(rows))
         source.rows += rows
-    require_masks(source, args)
     return source
 
 
@@ -816,23 +800,22 @@ def index_csaws(root, args):
     for folder in (root / "anonymized_dataset", root / "test_data" / "anonymized_dataset"):
         scans = {}  # an 8-bit duplicate sorts behind its original and takes its place
         for name in files_under(folder)[0]:
-            match = re.fullmatch(r".*/(\w+_\d+?)(_8bit)?\.png", f"/{name}")
+            match = re.fullmatch(r"(?:.*/)?((\w+)_\d+?)(?:_8bit)?\.png", name)
             if match:
-                scans[match[1]] = Row(str(folder / name), (folder / name).relative_to(root).as_posix())
+                path = folder / name
+                split = "val" if match[2] in CSAWS_VAL else "train"
+                scans[match[1]] = Row(str(path), path.relative_to(root).as_posix(), split=split, group=match[2])
         if not scans:
             fail(f"{folder}: no scan such as 000/000_0.png")
-        for stem, row in scans.items():
-            row.group = stem.rsplit("_", 1)[0]
-            row.split = "val" if row.group in CSAWS_VAL else "train"
+        rows = list(scans.values())
         if folder.parent == root:
-            fill(scans.values(), masks=csaws_masks(scans, folder, wanted))
+            fill(rows, masks=csaws_masks(scans, folder, wanted))
         else:
-            fill(scans.values(), split=["test"] * len(scans))
-            for expert in ("annotator_1", "annotator_2", "annotator_3"):
-                for row, masks in zip(scans.values(), csaws_masks(scans, folder.parent / expert, wanted)):
-                    row.experts[expert] = masks
-                    row.masks = row.masks or masks
-        source.rows += scans.values()
+            experts = [csaws_masks(scans, folder.parent / f"annotator_{k}", wanted) for k in (1, 2, 3)]
+            fill(rows, split=["test"] * len(rows), masks=experts[0])
+            for row, of_each in zip(rows, zip(*experts)):
+                row.experts = {f"annotator_{k}": masks for k, masks in enumerate(of_each, 1)}
+        source.rows += rows
     return source
 
 
@@ -919,13 +902,8 @@ def read_source(layout, root, args):
         source.mean, source.std = [*mean] * (3 // len(mean)), [*std] * (3 // len(std))
         source.classes, source.ordinal = classes.split(", "), layout == "aptos2019"
     missing = [row for row in source.rows if row.item is None]
-    if missing:
-        message = (f"{len(missing)} of {len(source.rows)} listed images are not below {root}: "
-                   f"{some((row.name for row in missing), 100)}")
-        if not args.skip_broken:
-            fail(f"{source.table}: {message}. --skip-broken leaves them out")
-        say(f"left out: {message}")
-        leave_out(source, "missing", missing)
+    leave_out(source, "missing", missing, f"{len(missing)} of {len(source.rows)} listed images are not below {root} "
+              f"({source.table}): {some((row.name for row in missing), 100)}", args)
     if source.table:
         merge_repeated(source)
         tell_unlisted(source)
@@ -934,20 +912,31 @@ def read_source(layout, root, args):
     odd = [row.name for row in source.rows if row.name.encode("utf-8", "replace").decode() != row.name]
     if odd:
         fail(f"{len(odd)} names of files are not UTF-8, such as {ascii(odd[0])}; rename them")
+    settle_masks(source, args)
     return source
 
 
 def tell_unlisted(source):
     """Count the images that lie beside those of a table and are not in it."""
     known = {os.path.abspath(row.item) for row in source.rows}
-    unlisted = []
-    for folder in sorted({os.path.dirname(path) for path in known}):
-        for entry in os.scandir(folder):
-            image = entry.name[0] != "." and os.path.splitext(entry.name)[1].lower() in SUFFIXES
-            if image and entry.path not in known:
-                unlisted.append(entry.path)
+    beside = set()
+    for folder in {os.path.dirname(path) for path in known}:
+        beside |= {os.path.join(folder, name) for name in os.listdir(folder) if name[0] != "."}
+    unlisted = [path for path in sorted(beside - known) if os.path.splitext(path)[1].lower() in SUFFIXES]
     if unlisted:
-        say(f"note: {len(unlisted)} images are not listed in {source.table} and not used: {some(sorted(unlisted))}")
+        say(f"note: {len(unlisted)} images are not listed in {source.table} and not used: {some(unlisted)}")
+
+
+def settle_masks(source, args):
+    """Name the classes of the masks, if there are any: then every image must have one."""
+    if all(row.masks is None for row in source.rows):
+        if args.mask_classes or args.ignore is not None:
+            fail("--mask-classes, --ignore: this source has no masks")
+        return
+    source.mask_classes = source.mask_classes or args.mask_classes or ["background", "lesion"]
+    lacking = [row for row in source.rows if not row.masks]
+    leave_out(source, "without a mask", lacking, f"{len(lacking)} of {len(source.rows)} images have no mask of their name: "
+              f"{some((row.name for row in lacking), 20)}", args)
 
 
 # ---------------------------------------------------------------- labels ------------------------------------
@@ -961,10 +950,8 @@ def settle_labels(source, args):
     if source.multilabel:
         return settle_flags(source, args)
     missing = [row for row in source.rows if row.label.lower() in NO_LABEL]
-    if not args.skip_broken:
-        refuse([row.name for row in missing], f"{len(missing)} images have no label (blank, nan or NA); --skip-broken "
-               "leaves them out")
-    leave_out(source, "without a label", missing)
+    leave_out(source, "without a label", missing,
+              f"{len(missing)} images have no label (blank, nan or NA): {some((row.name for row in missing), 20)}", args)
     if source.classes:
         unknown = [f"{row.label!r} of {row.name}" for row in source.rows if row.label not in source.classes]
         refuse(unknown, f"{source.table}: {len(unknown)} labels are none of {some(source.classes, 14)}")
@@ -1039,14 +1026,13 @@ def share_out(flags, units, shares, rng, least):
     """Split images into parts of the given shares: [0, 1, ...] an image. Iterative stratification (Sechidis et al. 2011,
     algorithm 1): the label with the fewest images left goes first, each of its units to the part that lacks it most;
     what rounding gave a part too much counts against it at the next label. flags (N, L) bool; units: lists of images
-    that stay together; least: a label with so many images stands in every part, one with fewer in the first alone (None:
+    that stay together; least: a label with so many images stands in every part, one with fewer in the first alone (math.inf:
     no such rule)."""
     flags = np.concatenate([flags, ~flags.any(1, keepdims=True)], 1)  # no label at all is a label too
     counts = np.array([flags[unit].sum(0) for unit in units])
     totals = flags.sum(0)
     parts = [p for p, share in enumerate(shares) if share > 0]
-    one_label = least is not None and (flags.sum(1) == 1).all()
-    least = math.inf if least is None else least
+    one_label = least < math.inf and (flags.sum(1) == 1).all()
     room = apportion(len(flags), shares)
     if one_label:  # a class of three has one image in each part, even if that makes small parts larger
         common_labels = int((totals >= least).sum())
@@ -1159,7 +1145,7 @@ def deal_folds(source, digests, args):
     val = np.array([[row.split == "val"] for row, _ in rows])
     flags = np.concatenate([labels, labels & val], 1)
     shares = [1 / args.folds] * args.folds
-    folds = share_out(flags, list(units.values()), shares, np.random.default_rng([args.split_seed, 1]), None)
+    folds = share_out(flags, list(units.values()), shares, np.random.default_rng([args.split_seed, 1]), math.inf)
     fill([row for row, _ in rows], fold=folds.tolist())
     sizes = np.bincount(folds, minlength=args.folds)
     if not sizes.all():
@@ -1215,23 +1201,21 @@ def check_duplicates(source, digests, mode):
     twins = defaultdict(lambda: defaultdict(list))
     for row, digest in zip(source.rows, digests):
         twins[digest][row.split].append(row)
-    leakage, pairs, gone = {}, [], {}
+    leakage, lines, gone = {}, [], {}
     for inner, outer in (("test", "train"), ("val", "train"), ("test", "val")):
         shared = [splits for splits in twins.values() if splits[inner] and splits[outer]]
         count = leakage[f"{inner}_in_{outer}"] = sum(len(splits[inner]) for splits in shared)
         for splits in shared:
             gone.update((row.name, row) for row in splits[outer])
-            for row in splits[inner]:  # of a picture that is there a thousand times, ten pairs tell enough
+            for row in splits[inner]:
                 label = label_text(source, row)
-                others = [other for other in splits[outer] if label_text(source, other) != label]
-                others += [other for other in splits[outer] if label_text(source, other) == label]
-                pairs += [(row, other) for other in others[:10]]
+                others = sorted(splits[outer], key=lambda other: label_text(source, other) == label)
+                for other in others[:10]:  # of a picture that is there a thousand times, ten pairs tell enough
+                    lines.append([row.name, row.split, label, other.name, other.split, label_text(source, other)])
         if count:
             total = sum(row.split == inner for row in source.rows)
             end = {"warn": "; scores will flatter", "drop": f"; taken out of {outer}", "error": ""}[mode]
             say(f"WARNING: leakage: {count} of {total} {inner} images also stand in {outer}, pixel for pixel{end}")
-    lines = [[row.name, row.split, label_text(source, row), other.name, other.split, label_text(source, other)]
-             for row, other in pairs]
     lines.sort(key=lambda line: line[2] == line[5])
     different = [f"{line[0]} ({line[2]}) and {line[3]} ({line[5]})" for line in lines if line[2] != line[5]]
     if different:
@@ -1250,12 +1234,13 @@ def check_duplicates(source, digests, mode):
 
 def check_classes(source):
     """Refuse classes without a training image, where there is training."""
-    if not source.classes or source.multilabel or all(row.split != "train" for row in source.rows):
+    if source.multilabel:
         return
     trained = {row.label for row in source.rows if row.split == "train"}
-    unseen = [name for name in source.classes if name not in trained]
-    if unseen:
-        fail(f"no training image has the label {some(map(repr, unseen))}: give it some, or leave the class out")
+    unseen = [name for name in source.classes or [] if name not in trained]
+    if trained and unseen:
+        fail(f"class {some(map(repr, unseen))} is not in train, which has {some(sorted(trained))}: no training image has that "
+             "label; give it some, or leave the class out")
 
 
 # ---------------------------------------------------------------- masks -------------------------------------
@@ -1357,51 +1342,46 @@ def to_square(pixels, side, fit):
     return square.permute(1, 2, 0).numpy()
 
 
-class Decoder(torch.utils.data.Dataset):
-    """Decodes a row, with its masks: a dict of "pixels" (side, side, C), "size" (height, width), "note", "digest" of the
-    pixels, "masks" {name: (side, side)}; or of "error" alone."""
+def decode(row, side, fit, classes, ignore):
+    """A row with its masks: a dict of "pixels" (side, side, C), "size" (height, width), "note", "digest" of the pixels,
+    "masks" {name: (side, side)}."""
+    drawn, note = None, ""
+    if isinstance(row.item, str):
+        pixels, size, note = read_image(row.item, side)
+    elif isinstance(row.item, int):
+        pixels, drawn = draw_lesion(row.item)
+        drawn = drawn.astype(np.uint8)
+        size = drawn.shape
+    else:
+        path, key, number = row.item
+        pixels = open_array(path, key)[number]
+        size = pixels.shape[:2]
+        pixels = pixels.reshape(*size, -1)
+    masks = {}
+    for name, files in {"masks": row.masks, **row.experts}.items():
+        if not files:
+            continue
+        mask, remark = read_mask(files, classes, ignore) if drawn is None else (drawn, "")
+        if mask.shape != tuple(size):
+            raise ValueError(f"its mask is {mask.shape[1]}x{mask.shape[0]} pixels, it is {size[1]}x{size[0]}")
+        note = "; ".join(filter(None, (note, remark)))
+        masks[name] = reduce_mask(mask, side, fit, classes, ignore)
+    square = to_square(pixels, side, fit)
+    digest = hashlib.blake2b(square.tobytes() + repr(tuple(size)).encode(), digest_size=8).hexdigest()
+    return {"pixels": square, "size": tuple(map(int, size)), "note": note, "digest": digest, "masks": masks}
 
-    def __init__(self, rows, side, fit, classes, ignore):
-        self.rows, self.side, self.fit, self.classes, self.ignore = rows, side, fit, classes, ignore
 
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, i):
+def decode_batch(rows, **how):
+    """What decode makes of some rows, or {"error": why}."""
+    decoded = []
+    for row in rows:
         try:
-            return self.decode(self.rows[i])
+            decoded.append(decode(row, **how))
         # Pillow's plugins raise nearly anything on a damaged file; all are named later
         except Exception as error:
-            return {"error": f"{type(error).__name__}: {error}" if type(error) is not ValueError else str(error)}
-
-    def decode(self, row):
-        """The dict of a row."""
-        drawn, note = None, ""
-        if isinstance(row.item, str):
-            pixels, size, note = read_image(row.item, self.side)
-        elif isinstance(row.item, int):
-            pixels, drawn = draw_lesion(row.item)
-            size = drawn.shape
-        else:
-            path, key, number = row.item
-            pixels = open_array(path, key)[number]
-            size = pixels.shape[:2]
-            pixels = pixels.reshape(*size, -1)
-        masks = {}
-        for name, files in {"masks": row.masks, **row.experts}.items():
-            if not files:
-                continue
-            if drawn is None:
-                mask, remark = read_mask(files, self.classes, self.ignore)
-            else:
-                mask, remark = drawn.astype(np.uint8), ""
-            if mask.shape != tuple(size):
-                raise ValueError(f"its mask is {mask.shape[1]}x{mask.shape[0]} pixels, it is {size[1]}x{size[0]}")
-            note = "; ".join(filter(None, (note, remark)))
-            masks[name] = reduce_mask(mask, self.side, self.fit, self.classes, self.ignore)
-        square = to_square(pixels, self.side, self.fit)
-        digest = hashlib.blake2b(square.tobytes() + repr(tuple(size)).encode(), digest_size=8).hexdigest()
-        return {"pixels": square, "size": tuple(map(int, size)), "note": note, "digest": digest, "masks": masks}
+            kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+            decoded.append({"error": f"{kind}{error}"})
+    return decoded
 
 
 def end_with_parent(worker):
@@ -1410,43 +1390,36 @@ def end_with_parent(worker):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def npy_header(*shape):
-    """The head of an .npy file of uint8, of the same length whatever the number of images."""
-    head = io.BytesIO()
-    np.lib.format.write_array_header_1_0(head, {"descr": "|u1", "fortran_order": False, "shape": shape})
-    return head.getvalue()
-
-
-def check_room(folder, source, side, args):
-    """Refuse what would not fit on the disk."""
-    room = shutil.disk_usage(folder).free
-    layers = 3 + bool(source.mask_classes) + max(len(row.experts) for row in source.rows)
-    needed = len(source.rows) * side * side * layers
-    if needed > room:
-        fail(f"--output {args.output}: {len(source.rows)} images of {side} x {side} take up to {needed / 1e9:.1f} GB and "
-             f"{room / 1e9:.1f} GB are free; lower --side, or give a folder on another disk")
+def write_head(file, *shape):
+    """Write the head of an .npy file of uint8 at its start; it is of one length, whatever the number of images."""
+    file.seek(0)
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
 
 
 def write_arrays(folder, source, side, args):
     """Decode everything into images.npy and masks*.npy of a folder, one image at a time. Returns facts {"size", "digest",
     "note"} of each row; those that are broken leave the source, or are refused by name."""
-    check_room(folder, source, side, args)
     names = ["images"] + ["masks"] * bool(source.mask_classes)
     names += sorted({f"masks-{expert}" for row in source.rows for expert in row.experts})
+    needed = len(source.rows) * side * side * (2 + len(names))  # images may have 3 channels
+    room = shutil.disk_usage(folder).free
+    if needed > room:
+        fail(f"--output {args.output}: {len(source.rows)} images of {side} x {side} take up to {needed / 1e9:.1f} GB and "
+             f"{room / 1e9:.1f} GB are free; lower --side, or give a folder on another disk")
     files = {name: open(folder / f"{name}.npy", "wb") for name in names}
     channels = 1
     for name, file in files.items():
-        file.write(npy_header(1, side, side, *[channels] * (name == "images")))
+        write_head(file, 1, side, side, *[channels] * (name == "images"))
     blank = np.zeros((side, side), np.uint8)
-    facts, broken, broken_rows, count = [], {}, [], Counter()
-    decoder = Decoder(source.rows, side, args.fit, len(source.mask_classes or [0, 0]), args.ignore)
-    loader = torch.utils.data.DataLoader(decoder, batch_size=8, num_workers=args.workers, collate_fn=list,
+    facts, broken, count = [], [], Counter()
+    classes = len(source.mask_classes or [])
+    decoder = functools.partial(decode_batch, side=side, fit=args.fit, classes=classes, ignore=args.ignore)
+    loader = torch.utils.data.DataLoader(source.rows, batch_size=8, num_workers=args.workers, collate_fn=decoder,
                                          worker_init_fn=end_with_parent, prefetch_factor=4 if args.workers else None)
     decoded = (fact for batch in loader for fact in batch)
     for row, fact in zip(source.rows, tqdm(decoded, "preparing", len(source.rows), unit="image")):
         if "error" in fact:
-            broken[row.name] = fact["error"]
-            broken_rows.append(row)
+            broken.append((row, fact["error"]))
             continue
         pixels, masks = fact.pop("pixels"), fact.pop("masks")
         if pixels.shape[2] > channels:  # the first colour: what is written so far was grey
@@ -1459,10 +1432,11 @@ def write_arrays(folder, source, side, args):
         count["full"] += "masks" in masks and bool(masks["masks"].all())
         facts.append(fact)
     for name, file in files.items():
-        file.seek(0)
-        file.write(npy_header(len(facts), side, side, *[channels] * (name == "images")))
+        write_head(file, len(facts), side, side, *[channels] * (name == "images"))
         file.close()
-    report_broken(source, broken, broken_rows, args)
+    reasons = "; ".join(f"{row.name} ({why})" for row, why in broken)
+    leave_out(source, "broken", [row for row, _ in broken],
+              f"{len(broken)} of {len(source.rows)} images cannot be used: {reasons}", args)
     for what in ("empty", "full"):
         if count[what] == len(facts):
             say(f"WARNING: all {count[what]} of {len(facts)} masks are {what}; is the foreground what is bright in them?")
@@ -1471,27 +1445,15 @@ def write_arrays(folder, source, side, args):
     return facts
 
 
-def report_broken(source, broken, rows, args):
-    """Name the rows that cannot be used, {name: why}: an error without --skip-broken, else they leave the source."""
-    if not broken:
-        return
-    reasons = "; ".join(f"{name} ({why})" for name, why in broken.items())
-    message = f"{len(broken)} of {len(source.rows)} images cannot be used: {reasons}"
-    if not args.skip_broken or len(broken) == len(source.rows):
-        fail(f"{message}. Mend or remove them, or leave them out with --skip-broken")
-    say(f"left out: {message}")
-    leave_out(source, "broken", rows)
-
-
 def widen(file, count, side):
     """Rewrite an open images.npy of `count` grey images with three equal channels. Returns it, open at its end."""
     file.close()
     path = Path(file.name)
     grey = path.rename(path.with_suffix(".grey"))
     wide = open(path, "wb")
-    wide.write(npy_header(1, side, side, 3))
+    write_head(wide, 1, side, side, 3)
     with open(grey, "rb") as pixels:
-        pixels.seek(len(npy_header(1, side, side, 1)))
+        pixels.seek(wide.tell())  # behind the head, as long as this one
         for _ in range(count):
             wide.write(np.frombuffer(pixels.read(side * side), np.uint8).repeat(3).tobytes())
     grey.unlink()
@@ -1526,16 +1488,19 @@ def look_at_heads(rows):
 
 def write_labels(folder, source, facts):
     """labels.csv: a row an image."""
-    grouped = any(row.group is not None for row in source.rows)
-    dealt = any(row.fold is not None for row in source.rows)
-    head = ["image", "split"] + ["fold"] * dealt + ["group"] * grouped + ["height", "width"]
-    if source.classes:
-        head += source.classes if source.multilabel else ["label"]
-    lines = []
-    for row, fact in zip(source.rows, facts):
-        labels = row.label.tolist() if source.multilabel else [row.label] * bool(source.classes)
-        lines.append([row.name, row.split, *[row.fold] * dealt, *[row.group] * grouped, *fact["size"], *labels])
-    common.write_table(folder / "labels.csv", head, lines)
+    rows = source.rows
+    columns = {"image": [row.name for row in rows], "split": [row.split for row in rows]}
+    for name in ("fold", "group"):
+        values = [getattr(row, name) for row in rows]
+        if any(value is not None for value in values):
+            columns[name] = values
+    columns["height"], columns["width"] = zip(*(fact["size"] for fact in facts))
+    labels = [row.label for row in rows]
+    if source.multilabel:
+        columns |= zip(source.classes, np.array(labels).T.tolist())
+    elif source.classes:
+        columns["label"] = labels
+    common.write_table(folder / "labels.csv", columns, zip(*columns.values()))
 
 
 def write_meta(folder, source, args, side, **own):
@@ -1553,37 +1518,46 @@ def write_meta(folder, source, args, side, **own):
         "arguments": compared(args), "left_out": source.left_out, **own})
 
 
+def flags_by_class(dataset):
+    """(N, L) bool: which classes or labels the images of a Dataset have."""
+    if dataset.task == "classes":
+        return dataset.labels[:, None] == np.arange(len(dataset.classes))
+    return dataset.labels > 0
+
+
 def contact_sheet(folder, count=6):
-    """Draw training images, `count` of each class a row, or 4 rows, with the outlines of their masks."""
+    """Draw training images, `count` of each class a row, or 3 rows without classes, with the outlines of their masks."""
     dataset = common.open_dataset(folder)
     rows = next((rows for rows in dataset.rows.values() if len(rows)), np.arange(len(dataset.paths)))
-    members = {}
-    for k, name in enumerate(dataset.classes[:30]):
-        labels = dataset.labels[rows]
-        members[name] = rows[labels == k] if dataset.task == "classes" else rows[labels[:, k] > 0]
-    if not members:
-        members = {"": rows[:count], " ": rows[count:2 * count], "  ": rows[2 * count:3 * count]}
-    members = {name: rows for name, rows in members.items() if len(rows)}
-    pictures, outlines = [], []
-    for rows in members.values():
-        rows = rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
-        shapes = [(dataset.sizes[row], dataset.fit, 256) for row in rows]
-        pictures.append([common.in_proportion(dataset.images[row], *shape) for row, shape in zip(rows, shapes)])
-        outlines.append([[] for _ in rows])
-        if dataset.masks is not None:
-            for row, shape, cell in zip(rows, shapes, outlines[-1]):
+    members = [("", rows[start:start + count]) for start in (0, count, 2 * count)]
+    if dataset.classes:
+        flags = flags_by_class(dataset)[rows]
+        members = [(name, rows[flags[:, k]]) for k, name in enumerate(dataset.classes[:30])]
+    names, pictures, outlines = [], [], []
+    for name, rows in members:
+        if not len(rows):
+            continue
+        names.append(name)
+        pictures.append([])
+        outlines.append([])
+        for row in rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]:
+            shape = dataset.sizes[row], dataset.fit, 256
+            pictures[-1].append(common.in_proportion(dataset.images[row], *shape))
+            outlines[-1].append([])
+            if dataset.masks is not None:
                 mask = common.in_proportion(dataset.masks[row], *shape, Image.Resampling.NEAREST)
-                cell += [(mask == value, common.COLOURS[value % 7]) for value in np.unique(mask[mask > 0])]
-    common.draw_grid(folder / "contact_sheet.png", pictures, row_labels=list(members), title=dataset.name, outlines=outlines)
+                outlines[-1][-1] = [(mask == value, common.COLOURS[value % 7]) for value in np.unique(mask[mask > 0])]
+    common.draw_grid(folder / "contact_sheet.png", pictures, row_labels=names, title=dataset.name, outlines=outlines)
 
 
 def summarise(folder, sizes, bits, facts):
     """Print what was understood: images per split and class, sizes, channels, bit depth, groups."""
     dataset = common.open_dataset(folder)
     table = [["images", *dataset.counts.values()]]
-    for k, name in enumerate(dataset.classes):
-        labels = [dataset.labels[rows] for rows in dataset.rows.values()]
-        table.append([f"  {name}", *(int(np.sum(y == k if dataset.task == "classes" else y[:, k])) for y in labels)])
+    if dataset.classes:
+        flags = flags_by_class(dataset)
+        counts = [flags[rows].sum(0).tolist() for rows in dataset.rows.values()]
+        table += [[f"  {name}", *row] for name, *row in zip(dataset.classes, *counts)]
     if dataset.groups:
         table.append(["groups", *(len(set(dataset.groups_of(rows))) for rows in dataset.rows.values())])
     if dataset.masks is not None:
@@ -1613,21 +1587,11 @@ def choose_side(sizes, args):
     return side
 
 
-def settle_masks(source, args):
-    """Name the classes of the masks; images without one, which --skip-broken has let pass, are left out."""
-    if any(row.masks for row in source.rows):
-        source.mask_classes = source.mask_classes or args.mask_classes or ["background", "lesion"]
-        leave_out(source, "without a mask", [row for row in source.rows if not row.masks])
-    elif args.mask_classes or args.ignore is not None:
-        fail("--mask-classes, --ignore: this source has no masks")
-
-
 def build(folder, args, root):
     """Prepare everything into a folder: (sizes, bits, facts of each row) for the summary."""
     source = read_source(args.layout, root, args)
     settle_labels(source, args)
     settle_groups(source)
-    settle_masks(source, args)
     splits = carve(source, args)  # what cannot be split is said before hours of decoding
     check_classes(source)
     sizes, bits = look_at_heads(source.rows)
@@ -1655,8 +1619,7 @@ def build(folder, args, root):
     write_meta(folder, source, args, side, leakage=leakage, groups_in_two_splits=torn, notes=notes)
     contact_sheet(folder)
     for why, names in source.left_out.items():
-        if why not in ("missing", "broken"):  # said when they were met
-            say(f"left out, {why}: {len(names)} images ({some(names)})")
+        say(f"left out, {why}: {len(names)} images ({some(names)})")
     return sizes, bits, facts
 
 
@@ -1679,27 +1642,19 @@ def check_output(folder, args):
 
 def already_there(folder, args):
     """Whether the folder holds what this command makes; another one's is an error unless --overwrite."""
-    if not folder.exists():
-        return False
-    if args.overwrite and (folder / "dataset.json").is_file():
+    if not folder.exists() or args.overwrite and (folder / "dataset.json").is_file():
         return False
     try:
-        old = json.loads((folder / "dataset.json").read_text())
-        arguments = old["arguments"]
+        there = json.loads((folder / "dataset.json").read_text())["arguments"]
     except (OSError, ValueError, KeyError):
         fail(f"--output {folder} is there already and no folder that prepare.py made, which --overwrite does not replace either; "
              "give another")
     here = compared(args)
-    differ = [f"{k} {arguments.get(k)!r} there, {here[k]!r} here" for k in here if arguments.get(k) != here[k]]
+    differ = [f"{name} {there.get(name)!r} there, {here[name]!r} here" for name in here if there.get(name) != here[name]]
     if differ:
         fail(f"--output {folder} was prepared otherwise: {some(differ)}; give another, or --overwrite")
     say(f"{folder} is prepared already (--overwrite does it again)")
     return True
-
-
-def partial_of(folder):
-    """Where a folder is built."""
-    return Path(f"{folder}.partial")
 
 
 def main(argv=None):
@@ -1710,28 +1665,25 @@ def main(argv=None):
     args.layout, root = recognise(args.source, args)
     args.source = "demo" if args.layout == "demo" else str(Path(args.source).resolve())
     check_output(folder, args)
-    partial = partial_of(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(folder.with_name(f".{folder.name}.lock")):  # a second one waits, then finds it built
             if already_there(folder, args):
                 return
             say(f"{args.source} is understood as: {args.layout}")
-            shutil.rmtree(partial, ignore_errors=True)  # of an interrupted build
+            partial = Path(f"{folder}.partial")
+            old = folder.with_name(f".{folder.name}.old")
+            for rest in (partial, old):  # of an interrupted build
+                shutil.rmtree(rest, ignore_errors=True)
             partial.mkdir()
             try:
                 sizes, bits, facts = build(partial, args, root)
-            except BaseException:
+                if folder.exists():
+                    folder.rename(old)
+                partial.rename(folder)
+            finally:
                 shutil.rmtree(partial, ignore_errors=True)
-                raise
-            if folder.exists():
-                old = folder.with_name(folder.name + ".old")
-                shutil.rmtree(old, ignore_errors=True)
-                folder.rename(old)
-                partial.rename(folder)
-                shutil.rmtree(old)
-            else:
-                partial.rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         fail(f"--output {folder} cannot be written ({error})")
     summarise(folder, sizes, bits, facts)

@@ -112,6 +112,9 @@ def test_missing_labels_are_named(small, missing):
     refused(prepare("source", "x", cwd=small, check=False), "1 images have no label", "3.png", "--skip-broken")
     prepare("source", "x", "--skip-broken", cwd=small)
     assert len(labels_of(small / "x")) == 39 and set(labels_of(small / "x").values()) == {"a", "b"}
+    lines = [line.replace(",a,", f",{missing},").replace(",b,", f",{missing},") for line in text.splitlines()]
+    (small / "source" / "labels.csv").write_text("\n".join(lines))
+    refused(prepare("source", "y", "--skip-broken", cwd=small, check=False), "40 images have no label")
 
 
 @pytest.mark.parametrize("first, second", [("melanoma", "Melanoma"), ("No DR", "NoDR"), ("0", "0.0"), ("1", "01")])
@@ -586,8 +589,11 @@ def test_prepared_already_or_otherwise(small):
     assert "prepared already" in prepare("source", "data", cwd=small).stdout
     refused(prepare("source", "data", "--fit", "pad", cwd=small, check=False), "prepared otherwise", "fit")
     assert (small / "data" / "images.npy").stat().st_mtime_ns == before
+    shutil.copytree(small / "data", small / "data.old")  # the user's own copy
     prepare("source", "data", "--fit", "pad", "--overwrite", cwd=small)
     assert json.loads((small / "data" / "dataset.json").read_text())["fit"] == "pad"
+    assert json.loads((small / "data.old" / "dataset.json").read_text())["fit"] == "squash"
+    assert not list(small.glob("*.partial")) and not list(small.glob(".*.old"))
     (small / "mine").mkdir()
     (small / "mine" / "letter.txt").write_text("dear")
     refused(prepare("source", "mine", cwd=small, check=False), "no folder that prepare.py made")
@@ -696,9 +702,8 @@ def test_a_large_table_opens(tmp_path):
     """As many rows and labels as CheXpert has, beside an images.npy of holes."""
     count, names = 224316, [f"label {k}" for k in range(14)]
     with open(tmp_path / "images.npy", "wb") as out:
-        head = script.npy_header(count, 8, 8, 1)
-        out.write(head)
-        out.truncate(len(head) + count * 64)
+        script.write_head(out, count, 8, 8, 1)
+        out.truncate(out.tell() + count * 64)
     flags = (np.random.default_rng(0).random((count, 14)) < 0.2).astype(np.uint8)
     with open(tmp_path / "labels.csv", "w") as out:
         out.write(f"image,split,group,{','.join(names)}\n")
