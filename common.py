@@ -402,13 +402,11 @@ def limit_images(dataset, name, count):
     if dataset.task != "classes":
         return rows[np.sort(order[:count])]
     # the j-th image of a class of n sorts at (j + 1/2) / n: every prefix then holds the classes in proportion
-    labels = dataset.labels[rows].tolist()
-    sizes = Counter(labels)
-    seen = Counter()
+    labels = dataset.labels[rows]
     key = np.zeros(len(rows))
-    for i in order:
-        key[i] = (seen[labels[i]] + 0.5) / sizes[labels[i]]
-        seen[labels[i]] += 1
+    for label in np.unique(labels):
+        members = order[labels[order] == label]
+        key[members] = (np.arange(len(members)) + 0.5) / len(members)
     return rows[np.sort(np.argsort(key, kind="stable")[:count])]
 
 
