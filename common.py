@@ -289,13 +289,11 @@ def choose_fold(dataset, fold):
     if fold not in there:
         fail(f"--fold {fold}: {dataset.folder} has {f'the folds {some(there, 30)}' if there else 'no folds'}; prepare.py "
              "--folds 5 makes them")
-    seen, val = np.zeros((2, len(dataset.paths)), bool)
-    seen[np.concatenate(list(dataset.rows.values()))] = True
-    seen &= dataset.folds >= 0
-    val[dataset.rows["val"]] = True
-    test = dataset.folds == fold
-    dataset.rows = {"train": np.flatnonzero(seen & ~test & ~val), "val": np.flatnonzero(seen & ~test & val),
-                    "test": np.flatnonzero(seen & test)}
+    seen = np.sort(np.concatenate(list(dataset.rows.values())))
+    seen = seen[dataset.folds[seen] >= 0]
+    test = dataset.folds[seen] == fold
+    val = np.isin(seen, dataset.rows["val"]) & ~test
+    dataset.rows = {"train": seen[~test & ~val], "val": seen[val], "test": seen[test]}
 
 
 def check_fold(path, seen, dataset, fold):
