@@ -492,17 +492,16 @@ def load_batches(array, batches, device):
             return upload(batch, device), torch.cuda.current_stream().record_event()
 
     with ThreadPoolExecutor(2, initializer=enter) as pool:
-        waiting = []
-        for rows in [*batches, None, None]:
-            if rows is not None:
-                waiting.append(pool.submit(fetch, rows))
-            if waiting and (len(waiting) > 2 or rows is None):
-                batch, copied = waiting.pop(0).result()
-                if copied is not None:
-                    copied.wait()  # the stream of the step does
-                    # whose memory the next copy must not take before the step is done
-                    batch.record_stream(torch.cuda.current_stream())
-                yield batch.to(device)
+        waiting = [pool.submit(fetch, rows) for rows in batches[:2]]
+        for i in range(len(batches)):
+            if i + 2 < len(batches):
+                waiting.append(pool.submit(fetch, batches[i + 2]))
+            batch, copied = waiting.pop(0).result()
+            if copied is not None:
+                copied.wait()  # the stream of the step does
+                # whose memory the next copy must not take before the step is done
+                batch.record_stream(torch.cuda.current_stream())
+            yield batch.to(device)
 
 
 def shards(rows, run, batch_size):
