@@ -25,7 +25,7 @@ from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from fnmatch import fnmatch
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import filelock
@@ -998,18 +998,6 @@ def attention_reader(model):
     return read
 
 
-def features(model, images, pool="auto"):
-    """(B, D): the CLS token of a ViT ("cls"), the mean of its patch tokens ("mean") or, for "auto", what the model
-    itself feeds its classifier: CLS for DeiT, the pooled map for a CNN."""
-    tokens = model.forward_features(images)
-    if pool == "auto" or tokens.ndim != 3:
-        return model.forward_head(tokens, pre_logits=True)
-    prefix = getattr(model, "num_prefix_tokens", 0)
-    if pool == "cls" and not prefix:
-        fail(f"--pool cls: {type(model).__name__} has no CLS token")
-    return tokens[:, 0] if pool == "cls" else tokens[:, prefix:].mean(1)
-
-
 def as_map(model, x):
     """Features of a timm model as a map (B, C, h, w): a ViT's patch tokens, the last of (B, T, C), put back in their places,
     channels-last maps turned."""
@@ -1036,11 +1024,6 @@ def outputs(function, dataset, rows, image_size, run, batch_size=128):
     if not parts:  # there are more processes than rows: as wide as those of the others
         parts.append(function(torch.zeros(1, 3, image_size, image_size, device=run.device)).float()[:0])
     return gather_rows(torch.cat(parts), len(rows), run)
-
-
-def extract(model, dataset, rows, image_size, run, pool="auto", batch_size=128):
-    """Frozen features (n, D) float32 of rows of a dataset, in their order, on the CPU of every process."""
-    return outputs(partial(features, model, pool=pool), dataset, rows, image_size, run, batch_size)
 
 
 def nearest(train, queries, k, tile=2 ** 26):

@@ -208,11 +208,16 @@ def probe(model, dataset, args, run, folder, pretrained_on):
     Returns the log, an entry a strength."""
     say("linear probe: features without augmentation, logistic regression; --epochs, --lr and the like play no part")
     device = torch.device("cpu") if run.device.type == "mps" else run.device  # which has no float64
+
+    def frozen(images):
+        return model.forward_head(model.forward_features(images), pre_logits=True)
+
     begin = time.time()
+    model.eval()
     features, labels = {}, {}
     for name in ("train", "val"):
         rows = dataset.rows[name]
-        features[name] = common.extract(model.eval(), dataset, rows, args.image_size, run).double().to(device)
+        features[name] = common.outputs(frozen, dataset, rows, args.image_size, run).double().to(device)
         labels[name] = torch.from_numpy(dataset.labels[rows]).to(device)
     speed = sum(map(len, features.values())) / (time.time() - begin)
 

@@ -377,7 +377,7 @@ def examine(backbone, dataset, args, run, probe):
     def sample(name, most):
         rows = dataset.rows[name]
         rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), most)).astype(int))]
-        return rows, F.normalize(common.extract(backbone, dataset, rows, args.image_size, run), dim=1)
+        return rows, F.normalize(common.outputs(backbone, dataset, rows, args.image_size, run), dim=1)
 
     backbone.eval()
     asked, queries = sample("val", 512)
