@@ -667,15 +667,17 @@ HEADS = ("head.", "head_dist.", "fc.", "classifier.")
 LEFT_OUT = (*HEADS, "cls_classifier.", "distillation_classifier.", "pooler.", "visual.head.", "mask_token", "decoder_",
             "decoder.", "text.", "transformer.", "token_embedding.", "positional_embedding", "ln_final.",
             "text_projection", "logit_scale", "logit_bias")
-PREFIXES = ("_orig_mod.", "module.", "model.", "backbone.", "visual.trunk.", "vit.", "deit.", "dinov2.",
-            "dinov2_with_registers.")
-TRANSFORMERS = {  # patterns of names in Hugging Face's transformers, and timm's names, in the order of replacement
+RENAMES = {  # patterns of others' names, and what timm has for them, in the order of replacement
+    r"^(_orig_mod\.)?(module\.)?(model\.)?(backbone\.)?(visual\.trunk\.)?": "",
+    # Hugging Face's transformers
+    r"^(vit|deit|dinov2|dinov2_with_registers)\.": "",
     r"^embeddings\.patch_embeddings\.projection": "patch_embed.proj", r"^embeddings\.position_embeddings": "pos_embed",
     r"^embeddings\.distillation_token": "dist_token", r"^embeddings\.": "", r"^encoder\.layer\.": "blocks.",
     r"attention\.output\.dense": "attn.proj", r"intermediate\.dense": "mlp.fc1", r"output\.dense": "mlp.fc2",
     "layernorm_before": "norm1", "layernorm_after": "norm2", "^layernorm": "norm",
-    r"layer_scale(\d)\.lambda1": r"ls\1.gamma"}
-RADIMAGENET = {"^0": "conv1", "^1": "bn1", "^4": "layer1", "^5": "layer2", "^6": "layer3", "^7": "layer4"}
+    r"layer_scale(\d)\.lambda1": r"ls\1.gamma",
+    # RadImageNet's ResNet, whose children have numbers
+    r"^0\.": "conv1.", r"^1\.": "bn1.", r"^4\.": "layer1.", r"^5\.": "layer2.", r"^6\.": "layer3.", r"^7\.": "layer4."}
 
 
 def create(arch, num_classes, image_size, **options):
@@ -713,8 +715,8 @@ def patch_size(model):
 
 def read_checkpoint(path, key=None):
     """(weights, meta) of a model.pt of this project, a state dict of others (.pt, .pth, .bin, .safetensors) or a checkpoint
-    that holds one, such as facebookresearch/dino's (`key` "teacher", the default, or "student"), without the PREFIXES of
-    its names. Data only: code in a file is refused. meta is what a model.pt says about itself, {} elsewhere."""
+    that holds one, such as facebookresearch/dino's (`key` "teacher", the default, or "student"). Data only: code in a file
+    is refused. meta is what a model.pt says about itself, {} elsewhere."""
     if not Path(path).is_file():
         fail(f"--init {path}: no such file ({', '.join(NAMED_INITS)} are the names that are no files)")
     try:
@@ -730,22 +732,17 @@ def read_checkpoint(path, key=None):
              f"save its state_dict alone ({str(error).splitlines()[0][:120]})")
     except Exception as error:  # torch and safetensors raise half a dozen kinds on a damaged file
         fail(f"--init {path}: not a readable checkpoint ({type(error).__name__}: {str(error)[:120]})")
-    own = isinstance(content, dict) and "stage" in content and "state_dict" in content  # others have other names for arch
-    meta = content if own else {}
-    for name in [key] if key else ["teacher", "state_dict", "model", "backbone"]:
-        if isinstance(content, dict) and isinstance(content.get(name), dict):
-            content = content[name]
-            break
-        if key:
-            fail(f"--init-key {key}: {path} has no such part")
-    if not isinstance(content, dict) or not content or not all(torch.is_tensor(v) for v in content.values()):
+    content = content if isinstance(content, dict) else {}
+    names = [key] if key else ["teacher", "state_dict", "model", "backbone"]
+    parts = [content[name] for name in names if isinstance(content.get(name), dict)]
+    if key and not parts:
+        fail(f"--init-key {key}: {path} has no such part")
+    weights = parts[0] if parts else content
+    if not weights or not all(torch.is_tensor(tensor) for tensor in weights.values()):
         fail(f"--init {path}: no weights in it (expected tensors by name, or a dict with state_dict, model or teacher)")
-    weights = {}
-    for name, tensor in content.items():
-        for prefix in PREFIXES:
-            name = name.removeprefix(prefix)
-        weights[name] = tensor
-    return weights, {name: value for name, value in meta.items() if name != "state_dict"}
+    if not {"stage", "state_dict"} <= content.keys():  # of somebody else, who has other names for arch
+        return weights, {}
+    return weights, {name: value for name, value in content.items() if name != "state_dict"}
 
 
 def published_weights(arch, init):
@@ -771,13 +768,10 @@ def classifier_prefixes(model):
 
 
 def timm_names(weights):
-    """Weights {name: tensor} in timm's names where they have those of Hugging Face's transformers, whose query, key and
-    value are joined, or a ResNet's children by number, as RadImageNet's."""
-    foreign = {"embeddings.cls_token": TRANSFORMERS, "4.0.conv1.weight": RADIMAGENET}
-    patterns = next((patterns for name, patterns in foreign.items() if name in weights), {})
+    """Weights {name: tensor} in timm's names, by RENAMES; query, key and value of Hugging Face's transformers are joined."""
     renamed = {}
     for name, tensor in weights.items():
-        for theirs, ours in patterns.items():
+        for theirs, ours in RENAMES.items():
             name = re.sub(theirs, ours, name)
         renamed[name] = tensor
     for name in [name for name in renamed if ".attention.attention.query." in name]:
@@ -793,10 +787,12 @@ def fit_weights(model, weights, source):
     position embeddings resampled, a stem of one channel spread over three, which gives grey images what it gave them."""
     own = model.state_dict()
     kernel = "patch_embed.proj.weight"
-    there, here = (tensors[kernel].shape[2:] if kernel in tensors else () for tensors in (weights, own))
-    if there and here and there != here:
-        say(f"init {source}: its patches of {there[0]} pixels are resampled to {here[0]} (--patch-size)")
-        weights[kernel] = timm.layers.resample_patch_embed(weights[kernel], list(here))
+    if kernel in weights and kernel in own:
+        there = weights[kernel].shape[2:]
+        here = own[kernel].shape[2:]
+        if there and there != here:
+            say(f"init {source}: its patches of {there[0]} pixels are resampled to {here[0]} (--patch-size)")
+            weights[kernel] = timm.layers.resample_patch_embed(weights[kernel], list(here))
     module = sys.modules[timm.models.model_entrypoint(model.pretrained_cfg["architecture"]).__module__]
     if hasattr(module, "checkpoint_filter_fn"):
         with redirect_stdout(io.StringIO()):  # one prints what it tries
