@@ -478,20 +478,15 @@ def copy_stream(device):
 def load_batches(array, batches, device):
     """Yield read_batch for each array of rows, on the device. The next two are read ahead by two threads,
     and on CUDA copied on a stream of their own, beside the step that is at work."""
-    cuda = device.type == "cuda"
-
-    def enter():  # a thread starts on GPU 0, and would leave memory of this process there
-        if cuda:
-            torch.cuda.set_device(device)
-
     def fetch(rows):
-        batch = read_batch(array, rows, cuda)
-        if not cuda:
-            return batch, None
+        if device.type != "cuda":
+            return read_batch(array, rows), None
+        torch.cuda.set_device(device)  # a thread starts on GPU 0, and would leave memory of this process there
         with torch.cuda.stream(copy_stream(device)):
-            return upload(batch, device), torch.cuda.current_stream().record_event()
+            batch = upload(read_batch(array, rows, pin_memory=True), device)
+            return batch, torch.cuda.current_stream().record_event()
 
-    with ThreadPoolExecutor(2, initializer=enter) as pool:
+    with ThreadPoolExecutor(2) as pool:
         waiting = [pool.submit(fetch, rows) for rows in batches[:2]]
         for i in range(len(batches)):
             if i + 2 < len(batches):
