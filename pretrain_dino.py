@@ -307,7 +307,8 @@ def build(args, run):
     teacher = Model(common.create(args.arch, 0, args.image_size, **options), copy.deepcopy(student.head))
     teacher.requires_grad_(False).load_state_dict(student.state_dict())
     teacher.register_buffer("center", torch.zeros(args.out_dim))
-    student, teacher = (common.sync_batch_norm(common.to_device(model, run), run) for model in (student, teacher))
+    student = common.to_device(student, run)
+    teacher = common.sync_batch_norm(common.to_device(teacher, run), run)
     return student, teacher, pretrained_on
 
 
@@ -480,11 +481,9 @@ def fit(student, teacher, dataset, args, run, folder, pretrained_on):
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp == "fp16")
     parts = {"student": student, "teacher": teacher, "optimizer": optimizer, "scaler": scaler}
     log = common.resume(folder, run, parts)
-    wrapped = student
-    if run.world > 1:
-        wrapped = torch.nn.parallel.DistributedDataParallel(student, broadcast_buffers=False)
+    wrapped = common.distribute(student, run, args.compile)
     if args.compile:
-        wrapped, teacher.forward = torch.compile(wrapped), torch.compile(teacher.forward)
+        teacher.forward = torch.compile(teacher.forward)
     images = len(dataset.rows["train"])
     plan = schedules(args, images // args.batch_size)
     if not log:
