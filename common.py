@@ -249,14 +249,14 @@ def open_dataset(folder):
     mask_classes = meta.get("mask_classes") or (["background", "lesion"] if masks is not None else [])
     geometry = [images.shape, meta.get("fit"), classes, mask_classes, meta.get("ignore"), meta.get("masks")]
     digest.update(json.dumps(geometry).encode())
+    known = rows["train"] if len(rows["train"]) else np.arange(count)  # an external test set has no others
     metric, reason = meta.get("metric"), "the dataset's"
     ordinal = meta.get("ordinal", ordinal)
     if not metric:
-        train = labels[rows["train"]] if labels is not None and len(rows["train"]) else labels
-        metric, reason = fitting_metric(task, classes, train, ordinal)
+        metric, reason = fitting_metric(task, classes, None if task is None else labels[known], ordinal)
     mean, std = meta.get("mean"), meta.get("std")
     if not mean:
-        mean, std = measure(images, rows["train"] if len(rows["train"]) else np.arange(count))
+        mean, std = measure(images, known)
     return Dataset(
         folder=folder, name=meta.get("name") or folder.resolve().name, images=images, masks=masks,
         paths=list(columns["image"]), sizes=sizes, rows=rows, task=task, classes=classes, labels=labels,
@@ -1407,26 +1407,27 @@ def parse(parser, stage):
         fail(f"--scale {args.scale[0]} {args.scale[1]}: expected 0 < LOW <= HIGH <= 1")
     if args.init_stats and args.init in ("random", "imagenet-stats"):
         fail(f"--init-stats goes with weights, not with --init {args.init}: take imagenet, imagenet-dino or a file")
-    meta = {}
     given = [f"--{name}" for name in ("predict", "test") if getattr(args, name, None)]
     if len(given) > 1:
         fail("take either --predict or --test")
     if getattr(args, "split", "test") != "test" and "--test" not in given:
         fail(f"--split {args.split} is for --test")
-    if args.init not in NAMED_INITS and Path(args.init).is_dir():  # a run folder
-        args.init = str(Path(args.init) / "model.pt")
     if given and (args.init in NAMED_INITS or args.init_stats):
         fail(f"{given[0]} needs --init RUN/model.pt, a model that {stage}.py has trained")
+    meta = {}
+    args.init_digest = None
     if args.init not in NAMED_INITS:
+        if Path(args.init).is_dir():  # a run folder
+            args.init = str(Path(args.init) / "model.pt")
         _, meta = read_checkpoint(args.init, args.init_key)
         if meta and args.arch and ARCHS.get(args.arch, args.arch) != ARCHS.get(meta["arch"], meta["arch"]):
             fail(f"--init {args.init} holds a {meta['arch']}, not the {args.arch} of --arch")
+        args.init_digest = digest_of(args.init)
     args.arch = args.arch or meta.get("arch") or "deit_small"
     args.image_size = args.image_size or meta.get("image_size") or 224
     args.patch_size = args.patch_size or meta.get("patch_size")
     args.init_label = init_label(args.init, meta) + ("-stats" if args.init_stats else "")
     args.seen = meta.get("seen", [])
-    args.init_digest = None if args.init in NAMED_INITS else digest_of(args.init)
     return args
 
 
@@ -1618,11 +1619,11 @@ def write_metrics(folder, dataset, run, args, **own):
 def predictions_folder(args):
     """Where --predict writes, and that it may."""
     folder = Path(args.output or "predictions")
-    for name in ("predictions.csv", "masks"):
-        if (folder / name).exists() and not args.overwrite and not (folder / "args.json").exists():
-            fail(f"{folder / name} is there already; give another --output, or --overwrite to replace it")
     if (folder / "args.json").exists() or (folder.exists() and not folder.is_dir()):
         fail(f"--output {folder} holds a training run or is a file; give a new folder for the predictions")
+    for name in ("predictions.csv", "masks"):
+        if (folder / name).exists() and not args.overwrite:
+            fail(f"{folder / name} is there already; give another --output, or --overwrite to replace it")
     return folder
 
 
