@@ -1528,8 +1528,8 @@ def compare_runs(folder, args, dataset):
 
 
 def write_atomic(path, write):
-    """Call write(temporary path), then rename it: a reader sees the old file or the new one, never half."""
-    temporary = Path(f"{path}.partial")
+    """Call write(temporary path of the same suffix), then rename it: a reader sees the old file or the new one, never half."""
+    temporary = Path(path).with_suffix(f".partial{Path(path).suffix}")
     try:
         write(temporary)
         os.replace(temporary, path)
@@ -1549,14 +1549,6 @@ def write_table(path, head, rows):
     def write(part):
         with open(part, "w", newline="", encoding="utf-8") as out:
             csv.writer(out).writerows([head, *rows])
-    write_atomic(path, write)
-
-
-def write_npz(path, arrays, save=np.savez):
-    """Write arrays by name into an .npz file atomically; save: np.savez, or np.savez_compressed."""
-    def write(part):
-        with open(part, "wb") as out:
-            save(out, **arrays)
     write_atomic(path, write)
 
 
@@ -1838,7 +1830,7 @@ def new_panels(path, count, width, height):
 
 def save_figure(figure, path):
     """Write a figure atomically, in the format of its suffix."""
-    write_atomic(path, lambda part: figure.savefig(part, format=Path(path).suffix[1:], bbox_inches="tight"))
+    write_atomic(path, lambda part: figure.savefig(part, bbox_inches="tight"))
 
 
 def draw_curves(path, xlabel, panels):

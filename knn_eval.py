@@ -60,7 +60,7 @@ def save_features(path, features, dataset):
         arrays[f"{name}_features"] = features[name].numpy()
         arrays[f"{name}_labels"] = dataset.labels[rows]
         arrays[f"{name}_images"] = np.array([dataset.paths[row] for row in rows])
-    common.write_npz(path, arrays)
+    common.write_atomic(path, lambda part: np.savez(part, **arrays))
 
 
 def neighbours(text, most):

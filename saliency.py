@@ -330,7 +330,7 @@ def save_maps(path, meta, dataset, drawn, pictures, chances):
     for number, row in enumerate(drawn):
         height, width = map(int, dataset.sizes[row])
         arrays[f"map_{number}"], _ = place_map(pictures[row][0], dataset.side, height, width, dataset.fit)
-    common.write_npz(path, arrays, np.savez_compressed)
+    common.write_atomic(path, lambda part: np.savez_compressed(part, **arrays))
 
 
 # ---------------------------------------------------------------- the run -----------------------------------
