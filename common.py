@@ -306,8 +306,7 @@ def check_fold(path, seen, dataset, fold):
 
 
 def load_dataset(args, splits=SPLITS, labels=False, masks=False):
-    """open_dataset of --data, with --fold, --metric and --limit applied, and checked for what a stage needs of it: images
-    in `splits`, labels, masks."""
+    """open_dataset of --data with --fold, --metric and --limit; refused if `splits`, labels or masks are wanted and lack."""
     if Path(args.data) == Path(DEMO) and Path(__file__).with_name("prepare.py").exists():
         run_prepare(args.data, "demo", "--layout", "demo")
     flag = "--test" if getattr(args, "test", None) else "--data"
@@ -455,8 +454,7 @@ def in_proportion(square, size, fit, long_side, resample=Image.Resampling.BILINE
 # ---------------------------------------------------------------- data: the loader --------------------------
 
 def upload(values, device):
-    """Numbers or a CPU tensor on the device. On CUDA from pinned memory, as any other copy waits until the
-    GPU has done all that it was given."""
+    """Numbers or a CPU tensor on the device. On CUDA from pinned memory: any other copy waits for all of the GPU's work."""
     values = torch.as_tensor(values)
     cuda = torch.device(device).type == "cuda"
     return values.pin_memory().to(device, non_blocking=True) if cuda else values.to(device)
@@ -514,9 +512,8 @@ def epoch_order(count, batch_size, seed, epoch):
 # ---------------------------------------------------------------- augmentation ------------------------------
 
 class Draws:
-    """Random numbers of one training step. They are drawn on the CPU for all `total` images of the global
-    batch and each process keeps its own `rows`: any number of processes sees the very crops that one
-    would."""
+    """Random numbers of one training step, drawn on the CPU for all `total` images of the global batch. Each process keeps
+    its own `rows`, so that any number of processes sees the very crops that one would."""
 
     def __init__(self, key, total, rows, device):
         digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
@@ -546,16 +543,14 @@ def random_boxes(draws, side, scale, ratio=(3 / 4, 4 / 3)):
 
 
 def centre_box(side):
-    """What a classifier is evaluated on, the centre 7/8 of a square (224 of 256 pixels in the paper): (top and left,
-    height and width) in pixels."""
+    """The centre 7/8 of a square, on which a classifier is evaluated: (top and left, height and width) in pixels."""
     length = side * 7 // 8
     return (side - length) // 2, length
 
 
 def resize_weights(start, length, flip, out, size):
-    """(B, out, size): row i of sample b says how output pixel i is mixed from the pixels start .. start +
-    length of that sample: the antialiased triangle filter of Pillow and torchvision. `flip` (B,) bool
-    reverses them."""
+    """(B, out, size): row i of sample b mixes output pixel i from the pixels start .. start + length of that sample, by
+    the antialiased triangle filter of Pillow and torchvision; in reverse where `flip` (B,) bool."""
     scale = (length / out)[:, None, None]
     target = torch.arange(out, device=start.device)[None, :, None]
     target = torch.where(flip[:, None, None], out - 1 - target, target)
@@ -584,8 +579,7 @@ FLIPS = {"none": (False, False), "horizontal": (False, True), "vertical": (True,
 
 
 def random_flips(draws, which):
-    """(B, 2) bool for crop_resize, upside down and left to right: of those that `which` of FLIPS has, each with
-    probability 1/2."""
+    """(B, 2) bool for crop_resize, upside down and left to right: each with probability 1/2 if `which` of FLIPS has it."""
     return (draws.uniform(2) < 0.5) & upload(FLIPS[which], draws.device)
 
 
@@ -595,8 +589,7 @@ def random_angles(draws, degrees):
 
 
 def rotate(images, angles, mode="bilinear"):
-    """Turn images (B, C, H, W) float about their centre by angles (B,) in radians (None: not at all); what comes in at
-    the corners is mirrored."""
+    """Turn images (B, C, H, W) float about their centre by angles (B,) in radians, or None; the corners are mirrored."""
     if angles is None:
         return images
     cos, sin, zero = angles.cos(), angles.sin(), torch.zeros_like(angles)
@@ -744,8 +737,7 @@ def read_checkpoint(path, key=None):
 
 
 def published_weights(arch, init):
-    """The weights of --init imagenet and imagenet-stats (timm, supervised) or imagenet-dino (the DINO authors'), downloaded
-    once."""
+    """Weights {name: tensor} of --init imagenet, imagenet-stats (timm's, supervised) or imagenet-dino (of its authors)."""
     name = DINO_IMAGENET.get(arch) if init == "imagenet-dino" else ARCHS.get(arch, arch)
     if name is None:
         fail(f"--init imagenet-dino has weights for {some(DINO_IMAGENET)}, not for {arch}")
@@ -859,9 +851,8 @@ def build_model(arch, init, image_size, num_classes, seed=0, init_key=None, init
 
 @torch.no_grad()
 def keep_statistics(model):
-    """Draw each weight matrix anew from a normal distribution of its own mean and standard deviation, set norms to 1 and 0
-    and biases to 0: what remains of pretraining are its statistics (ST of Matsoukas et al. 2022, section 3, after the
-    mean-var init of Raghu et al. 2019)."""
+    """Draw each weight matrix anew from a normal distribution of its own mean and standard deviation; norms become 1 and 0,
+    biases 0. Statistics are left of pretraining (ST of Matsoukas et al. 2022, section 3; mean-var of Raghu et al. 2019)."""
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.zero_()
@@ -1065,8 +1056,7 @@ def vote_on(features, dataset, ks, temperature, device):
 
 
 class SyncBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
-    """Batch norm over the global batch, for processes on CPUs, where PyTorch has none. x (B, C, ...), with the same B
-    on every process."""
+    """Batch norm over the global batch for processes on CPUs, where PyTorch has none. x (B, C, ...), B the same on all."""
 
     def _check_input_dim(self, x):
         pass
@@ -1134,8 +1124,7 @@ class Run:
 
 
 def has_fast_bf16(device):
-    """Whether bf16 is quick on a device: CUDA from Ampere on, CPUs with AVX512-BF16 or AMX. (Others emulate it, tens
-    of times slower than fp32.)"""
+    """Whether bf16 is quick on a device: CUDA from Ampere on, CPUs with AVX512-BF16 or AMX. Others emulate it, very slowly."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
@@ -1143,8 +1132,7 @@ def has_fast_bf16(device):
 
 
 def keep_freed_memory():
-    """Tell glibc to keep what is freed: else a large tensor goes back to the system, and the next faults in page by
-    page."""
+    """Tell glibc to keep what is freed: large tensors go back to the system otherwise, and the next fault in page by page."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
@@ -1214,8 +1202,7 @@ def all_reduce_mean(value, run):
 
 
 def checked_mean(total, count, step, epoch, output, run):
-    """total / count, the mean over processes of what was summed up to `step` (0, 1, ...); a mean that is not finite
-    ends the run, whose folder is `output`."""
+    """total / count, the mean over processes of what was summed up to `step` (0, 1, ...); ends the run if it is not finite."""
     mean = all_reduce_mean(total / count, run)
     if not torch.isfinite(mean).all():
         fail(f"the loss is not finite by step {step + 1} (epoch {epoch + 1}); the last good checkpoint is "
@@ -1262,8 +1249,7 @@ def parameter_groups(model, weight_decay=0.0):
 
 
 def start_training(model, args, run, folder):
-    """(optimizer, scaler, parts of a checkpoint, log) for fine-tuning a model: Adam on what asks for gradients, without
-    weight decay on biases and norms, resumed where the run stopped."""
+    """(optimizer, scaler, parts of a checkpoint, log) of fine-tuning: Adam, no decay of biases and norms, resumed if begun."""
     optimizer = torch.optim.Adam(parameter_groups(model, args.weight_decay), lr=args.lr,
                                  fused=run.device.type in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp == "fp16")
@@ -1272,8 +1258,7 @@ def start_training(model, args, run, folder):
 
 
 def score_log(log, metric):
-    """Set "score", by which the best entry of a log is chosen: validation's metric or, for all, minus its loss where the
-    metric is undefined in one."""
+    """Set "score", which chooses the best entry: validation's metric or, if one lacks it, minus the loss for all."""
     undefined = any(entry["val"][metric] is None for entry in log)
     for entry in log:
         entry["score"] = -entry["val"]["loss"] if undefined else entry["val"][metric]
@@ -1392,8 +1377,7 @@ def add_training(parser, groups, batch_size, scale):
 
 
 def parse(parser, stage):
-    """Read the command line of a stage, check what can be checked without data, and fill the defaults that hang
-    together."""
+    """Read the command line of a stage, check what can be checked without data, fill the defaults that hang together."""
     args = parser.parse_args()
     args.stage = stage
     args.defaults = {action.dest: action.default for action in parser._actions if action.dest != "help"}
@@ -1736,8 +1720,7 @@ def bootstrap_interval(score, count, groups=None, seed=0, resamples=1000):
 
 
 def guess(dataset, count):
-    """What one says who always guesses: the share of each class, or label, in train (of --test, where there is none, in
-    what is tested), (count, C) float64."""
+    """What always guessing says, (count, C) float64: the share of each class or label in train (without one, in test)."""
     labels = dataset.labels[dataset.rows["train"] if len(dataset.rows["train"]) else dataset.rows["test"]]
     if dataset.task == "classes":
         labels = np.eye(len(dataset.classes))[labels]
