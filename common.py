@@ -737,7 +737,7 @@ def read_checkpoint(path, key=None):
 
 
 def published_weights(arch, init):
-    """Weights {name: tensor} of --init imagenet, imagenet-stats (timm's, supervised) or imagenet-dino (of its authors)."""
+    """Weights {name: tensor} of --init imagenet, imagenet-stats (timm's, supervised) or imagenet-dino (DINO's authors')."""
     name = DINO_IMAGENET.get(arch) if init == "imagenet-dino" else ARCHS.get(arch, arch)
     if name is None:
         fail(f"--init imagenet-dino has weights for {some(DINO_IMAGENET)}, not for {arch}")
@@ -1762,12 +1762,13 @@ def interval_text(test):
     return f"95 % interval {show(low)} to {show(high)}{guessed}"
 
 
-def write_predictions(path, dataset, rows, scores, classes, task):
-    """predictions.csv, a row an image: image, group, then label, predicted and a probability a class or, multilabel, a
-    0/1 column label_NAME and a probability NAME for each. Labels are blank where they are not known."""
-    multilabel = task == "multilabel"
+def write_predictions(path, dataset, scores):
+    """predictions.csv, a row a test image: image, group, then label, predicted and a probability a class or, multilabel, a
+    0/1 column label_NAME and a probability NAME for each. Labels are blank where they are not known. scores (n, C)."""
+    multilabel = dataset.task == "multilabel"
+    classes = dataset.classes
     lines = []
-    for row, score in zip(rows, scores):
+    for row, score in zip(dataset.rows["test"], scores):
         if multilabel:
             labels = [""] * len(classes) if dataset.labels is None else dataset.labels[row].astype(int).tolist()
         else:

@@ -106,8 +106,7 @@ def main():
     k = ks[-1]
     val = common.all_metrics(dataset, dataset.labels[dataset.rows["val"]], scores["val"][k])
     test = common.score_test(dataset, scores["test"][k])
-    common.write_predictions(folder / "predictions.csv", dataset, dataset.rows["test"], scores["test"][k],
-                             dataset.classes, dataset.task)
+    common.write_predictions(folder / "predictions.csv", dataset, scores["test"][k])
     common.print_table(["k", f"val {dataset.metric}", f"test {dataset.metric}"],
                        [[k, common.show(value["val"]), common.show(value["test"])] for k, value in by_k.items()])
     headline = f"{dataset.metric} {common.show(test[dataset.metric])}"
