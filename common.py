@@ -1382,13 +1382,16 @@ def parse(parser, stage):
     args.stage = stage
     args.defaults = {action.dest: action.default for action in parser._actions if action.dest != "help"}
     at_least = {"image_size": 1, "patch_size": 1, "limit": 1, "epochs": 1, "batch_size": 1, "lr": 0, "weight_decay": 0,
-                "warmup_steps": 0, "clip_grad": 0, "min_lr": 0, "seed": 0, "rotate": 0, "patience": 0}
+                "warmup_steps": 0, "clip_grad": 0, "min_lr": 0, "seed": 0, "rotate": 0, "patience": 0, "accumulate": 1,
+                "local_crops": 0, "koleo": 0, "probe_every": 0, "teacher_temp": 1e-6, "student_temp": 1e-6}
     for name, low in at_least.items():
         value = getattr(args, name, None)
         if value is not None and not value >= low:  # which a NaN is not either
-            fail(f"--{name.replace('_', '-')} {value}: must {'be at least 1' if low else 'not be negative'}")
-    if hasattr(args, "scale") and not 0 < args.scale[0] <= args.scale[1] <= 1:
-        fail(f"--scale {args.scale[0]} {args.scale[1]}: expected 0 < LOW <= HIGH <= 1")
+            fail(f"--{name.replace('_', '-')} {value}: must {f'be at least {low}' if low else 'not be negative'}")
+    for name in ("scale", "global_scale", "local_scale"):
+        low, high = getattr(args, name, None) or (1, 1)
+        if not 0 < low <= high <= 1:
+            fail(f"--{name.replace('_', '-')} {low} {high}: expected 0 < LOW <= HIGH <= 1")
     if args.init_stats and args.init in ("random", "imagenet-stats"):
         fail(f"--init-stats goes with weights, not with --init {args.init}: take imagenet, imagenet-dino or a file")
     given = [f"--{name}" for name in ("predict", "test") if getattr(args, name, None)]

@@ -92,15 +92,6 @@ def arguments():
     groups["run"].add_argument("--preview", action="store_true", help="write crops.png and stop")
     groups["run"].add_argument("--export", metavar="FILE.safetensors", help="the backbone for timm as well")
     args = common.parse(parser, "pretrain_dino")
-    for name in ("global_scale", "local_scale"):
-        low, high = getattr(args, name) or (0.5, 1)
-        if not 0 < low <= high <= 1:
-            fail(f"--{name.replace('_', '-')} {low} {high}: expected 0 < LOW <= HIGH <= 1")
-    least = {"local_crops": 0, "koleo": 0, "probe_every": 0, "accumulate": 1, "teacher_temp": 1e-6, "student_temp": 1e-6}
-    for name, low in least.items():
-        value = getattr(args, name)
-        if value is not None and value < low:
-            fail(f"--{name.replace('_', '-')} {value}: too small")
     if args.export and not args.export.endswith(".safetensors"):
         fail(f"--export {args.export}: the name must end in .safetensors")
     if args.export and not Path(args.export).resolve().parent.is_dir():
