@@ -1505,8 +1505,10 @@ def compare_runs(folder, args, dataset):
     old = {**args.defaults, "init_digest": here["init_digest"], **old}  # an argument that is newer than that run
     if old.get("stage") != args.stage:
         fail(f"{folder} holds another run, of {old.get('stage')}; give another --output")
-    differ = [f"{name} {old.get(name)!r} there, {here.get(name)!r} here"
-              for name in sorted({*old, *here} - NOT_COMPARED) if old.get(name) != here.get(name)]
+    differ = []
+    for name in sorted({*old, *here} - NOT_COMPARED):
+        if old.get(name) != here.get(name):
+            differ.append(f"{name} {old.get(name)!r} there, {here.get(name)!r} here")
     if differ:
         fail(f"{folder} holds another run: {some(differ)}; give another --output, or --overwrite")
     if data.get("fingerprint") != dataset.fingerprint:
