@@ -1711,13 +1711,13 @@ def bootstrap_interval(score, count, groups=None, seed=0, resamples=1000):
     values = []
     if groups is not None:
         _, group_of = np.unique(groups, return_inverse=True)
-        ends = np.bincount(group_of).cumsum()[:-1]
-        members = np.split(np.argsort(group_of, kind="stable"), ends)
+        ends = np.bincount(group_of).cumsum()
+        members = np.split(np.argsort(group_of, kind="stable"), ends[:-1])
+        count = len(members)
     for _ in range(resamples):
+        indices = rng.integers(count, size=count)
         if groups is not None:
-            indices = np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
-        else:
-            indices = rng.integers(count, size=count)
+            indices = np.concatenate([members[i] for i in indices])
         value = score(indices)
         if value is not None:
             values.append(value)
