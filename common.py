@@ -599,7 +599,7 @@ def rotate(images, angles, mode="bilinear"):
 
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in Pillow and torchvision
-YIQ = ((0.299, 0.587, 0.114), (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135))
+YIQ = (LUMA, (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135))
 
 
 def color_jitter(images, draws, strengths, probability=0.8):
@@ -608,8 +608,9 @@ def color_jitter(images, draws, strengths, probability=0.8):
     Each of the four is linear in RGB (hue: a rotation in YIQ), so a sample needs one 3x3 matrix and one
     offset. Unlike torchvision, the order is fixed and values are clipped once, at the end."""
     chosen = (draws.uniform() < probability).float()
-    bright, contrasted, saturated, turn = (chosen * draws.uniform(low=-most, high=most) for most in strengths)
-    bright, contrasted, saturated, turn = 1 + bright, 1 + contrasted, 1 + saturated, turn * 2 * math.pi
+    changes = [chosen * draws.uniform(low=-most, high=most) for most in strengths]
+    bright, contrasted, saturated = (1 + change for change in changes[:3])
+    turn = changes[3] * 2 * math.pi
     channels = images.shape[1]
     luma = upload(LUMA if channels == 3 else (1.0,), images.device)
     offset = (1 - contrasted) * bright * (images.mean((2, 3)) @ luma)
@@ -1067,7 +1068,7 @@ class SyncBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             return super().forward(x)
         world = dist.get_world_size()
         x32 = x.float()
-        axes = [axis for axis in range(x.ndim) if axis != 1]
+        axes = [0, *range(2, x.ndim)]  # all but the channels
         moments = torch.stack([x32.mean(axes), (x32 * x32).mean(axes)])
         mean, square = torch.distributed.nn.functional.all_reduce(moments) / world
         variance = square - mean * mean
