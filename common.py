@@ -25,7 +25,7 @@ from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from fnmatch import fnmatch
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import filelock
@@ -250,14 +250,14 @@ def open_dataset(folder):
     mask_classes = meta.get("mask_classes") or (["background", "lesion"] if masks is not None else [])
     geometry = [images.shape, meta.get("fit"), classes, mask_classes, meta.get("ignore"), meta.get("masks")]
     digest.update(json.dumps(geometry).encode())
+    known = rows["train"] if len(rows["train"]) else np.arange(count)  # an external test set has no others
     metric, reason = meta.get("metric"), "the dataset's"
     ordinal = meta.get("ordinal", ordinal)
     if not metric:
-        train = labels[rows["train"]] if labels is not None and len(rows["train"]) else labels
-        metric, reason = fitting_metric(task, classes, train, ordinal)
+        metric, reason = fitting_metric(task, classes, None if task is None else labels[known], ordinal)
     mean, std = meta.get("mean"), meta.get("std")
     if not mean:
-        mean, std = measure(images, rows["train"] if len(rows["train"]) else np.arange(count))
+        mean, std = measure(images, known)
     return Dataset(
         folder=folder, name=meta.get("name") or folder.resolve().name, images=images, masks=masks,
         paths=list(columns["image"]), sizes=sizes, rows=rows, task=task, classes=classes, labels=labels,
@@ -290,13 +290,11 @@ def choose_fold(dataset, fold):
     if fold not in there:
         fail(f"--fold {fold}: {dataset.folder} has {f'the folds {some(there, 30)}' if there else 'no folds'}; prepare.py "
              "--folds 5 makes them")
-    seen, val = np.zeros((2, len(dataset.paths)), bool)
-    seen[np.concatenate(list(dataset.rows.values()))] = True
-    seen &= dataset.folds >= 0
-    val[dataset.rows["val"]] = True
-    test = dataset.folds == fold
-    dataset.rows = {"train": np.flatnonzero(seen & ~test & ~val), "val": np.flatnonzero(seen & ~test & val),
-                    "test": np.flatnonzero(seen & test)}
+    seen = np.sort(np.concatenate(list(dataset.rows.values())))
+    seen = seen[dataset.folds[seen] >= 0]
+    test = dataset.folds[seen] == fold
+    val = np.isin(seen, dataset.rows["val"]) & ~test
+    dataset.rows = {"train": seen[~test & ~val], "val": seen[val], "test": seen[test]}
 
 
 def check_fold(path, seen, dataset, fold):
@@ -309,8 +307,7 @@ def check_fold(path, seen, dataset, fold):
 
 
 def load_dataset(args, splits=SPLITS, labels=False, masks=False):
-    """open_dataset of --data, with --fold, --metric and --limit applied, and checked for what a stage needs of it: images
-    in `splits`, labels, masks."""
+    """open_dataset of --data with --fold, --metric and --limit; refused if `splits`, labels or masks are wanted and lack."""
     if Path(args.data) == Path(DEMO) and Path(__file__).with_name("prepare.py").exists():
         run_prepare(args.data, "demo", "--layout", "demo")
     flag = "--test" if getattr(args, "test", None) else "--data"
@@ -403,13 +400,11 @@ def limit_images(dataset, name, count):
     if dataset.task != "classes":
         return rows[np.sort(order[:count])]
     # the j-th image of a class of n sorts at (j + 1/2) / n: every prefix then holds the classes in proportion
-    labels = dataset.labels[rows].tolist()
-    sizes = Counter(labels)
-    seen = Counter()
+    labels = dataset.labels[rows]
     key = np.zeros(len(rows))
-    for i in order:
-        key[i] = (seen[labels[i]] + 0.5) / sizes[labels[i]]
-        seen[labels[i]] += 1
+    for label in np.unique(labels):
+        members = order[labels[order] == label]
+        key[members] = (np.arange(len(members)) + 0.5) / len(members)
     return rows[np.sort(np.argsort(key, kind="stable")[:count])]
 
 
@@ -460,8 +455,7 @@ def in_proportion(square, size, fit, long_side, resample=Image.Resampling.BILINE
 # ---------------------------------------------------------------- data: the loader --------------------------
 
 def upload(values, device):
-    """Numbers or a CPU tensor on the device. On CUDA from pinned memory, as any other copy waits until the
-    GPU has done all that it was given."""
+    """Numbers or a CPU tensor on the device. On CUDA from pinned memory: any other copy waits for all of the GPU's work."""
     values = torch.as_tensor(values)
     cuda = torch.device(device).type == "cuda"
     return values.pin_memory().to(device, non_blocking=True) if cuda else values.to(device)
@@ -483,31 +477,25 @@ def copy_stream(device):
 def load_batches(array, batches, device):
     """Yield read_batch for each array of rows, on the device. The next two are read ahead by two threads,
     and on CUDA copied on a stream of their own, beside the step that is at work."""
-    cuda = device.type == "cuda"
-
-    def enter():  # a thread starts on GPU 0, and would leave memory of this process there
-        if cuda:
-            torch.cuda.set_device(device)
-
     def fetch(rows):
-        batch = read_batch(array, rows, cuda)
-        if not cuda:
-            return batch, None
+        if device.type != "cuda":
+            return read_batch(array, rows), None
+        torch.cuda.set_device(device)  # a thread starts on GPU 0, and would leave memory of this process there
         with torch.cuda.stream(copy_stream(device)):
-            return upload(batch, device), torch.cuda.current_stream().record_event()
+            batch = upload(read_batch(array, rows, pin_memory=True), device)
+            return batch, torch.cuda.current_stream().record_event()
 
-    with ThreadPoolExecutor(2, initializer=enter) as pool:
-        waiting = []
-        for rows in [*batches, None, None]:
-            if rows is not None:
-                waiting.append(pool.submit(fetch, rows))
-            if waiting and (len(waiting) > 2 or rows is None):
-                batch, copied = waiting.pop(0).result()
-                if copied is not None:
-                    copied.wait()  # the stream of the step does
-                    # whose memory the next copy must not take before the step is done
-                    batch.record_stream(torch.cuda.current_stream())
-                yield batch.to(device)
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(fetch, rows) for rows in batches[:2]]
+        for i in range(len(batches)):
+            if i + 2 < len(batches):
+                waiting.append(pool.submit(fetch, batches[i + 2]))
+            batch, copied = waiting.pop(0).result()
+            if copied is not None:
+                copied.wait()  # the stream of the step does
+                # whose memory the next copy must not take before the step is done
+                batch.record_stream(torch.cuda.current_stream())
+            yield batch.to(device)
 
 
 def shards(rows, run, batch_size):
@@ -525,9 +513,8 @@ def epoch_order(count, batch_size, seed, epoch):
 # ---------------------------------------------------------------- augmentation ------------------------------
 
 class Draws:
-    """Random numbers of one training step. They are drawn on the CPU for all `total` images of the global
-    batch and each process keeps its own `rows`: any number of processes sees the very crops that one
-    would."""
+    """Random numbers of one training step, drawn on the CPU for all `total` images of the global batch. Each process keeps
+    its own `rows`, so that any number of processes sees the very crops that one would."""
 
     def __init__(self, key, total, rows, device):
         digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
@@ -557,16 +544,14 @@ def random_boxes(draws, side, scale, ratio=(3 / 4, 4 / 3)):
 
 
 def centre_box(side):
-    """What a classifier is evaluated on, the centre 7/8 of a square (224 of 256 pixels in the paper): (top and left,
-    height and width) in pixels."""
+    """The centre 7/8 of a square, on which a classifier is evaluated: (top and left, height and width) in pixels."""
     length = side * 7 // 8
     return (side - length) // 2, length
 
 
 def resize_weights(start, length, flip, out, size):
-    """(B, out, size): row i of sample b says how output pixel i is mixed from the pixels start .. start +
-    length of that sample: the antialiased triangle filter of Pillow and torchvision. `flip` (B,) bool
-    reverses them."""
+    """(B, out, size): row i of sample b mixes output pixel i from the pixels start .. start + length of that sample, by
+    the antialiased triangle filter of Pillow and torchvision; in reverse where `flip` (B,) bool."""
     scale = (length / out)[:, None, None]
     target = torch.arange(out, device=start.device)[None, :, None]
     target = torch.where(flip[:, None, None], out - 1 - target, target)
@@ -595,8 +580,7 @@ FLIPS = {"none": (False, False), "horizontal": (False, True), "vertical": (True,
 
 
 def random_flips(draws, which):
-    """(B, 2) bool for crop_resize, upside down and left to right: of those that `which` of FLIPS has, each with
-    probability 1/2."""
+    """(B, 2) bool for crop_resize, upside down and left to right: each with probability 1/2 if `which` of FLIPS has it."""
     return (draws.uniform(2) < 0.5) & upload(FLIPS[which], draws.device)
 
 
@@ -606,8 +590,7 @@ def random_angles(draws, degrees):
 
 
 def rotate(images, angles, mode="bilinear"):
-    """Turn images (B, C, H, W) float about their centre by angles (B,) in radians (None: not at all); what comes in at
-    the corners is mirrored."""
+    """Turn images (B, C, H, W) float about their centre by angles (B,) in radians, or None; the corners are mirrored."""
     if angles is None:
         return images
     cos, sin, zero = angles.cos(), angles.sin(), torch.zeros_like(angles)
@@ -617,7 +600,7 @@ def rotate(images, angles, mode="bilinear"):
 
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in Pillow and torchvision
-YIQ = ((0.299, 0.587, 0.114), (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135))
+YIQ = (LUMA, (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135))
 
 
 def color_jitter(images, draws, strengths, probability=0.8):
@@ -626,8 +609,9 @@ def color_jitter(images, draws, strengths, probability=0.8):
     Each of the four is linear in RGB (hue: a rotation in YIQ), so a sample needs one 3x3 matrix and one
     offset. Unlike torchvision, the order is fixed and values are clipped once, at the end."""
     chosen = (draws.uniform() < probability).float()
-    bright, contrasted, saturated, turn = (chosen * draws.uniform(low=-most, high=most) for most in strengths)
-    bright, contrasted, saturated, turn = 1 + bright, 1 + contrasted, 1 + saturated, turn * 2 * math.pi
+    changes = [chosen * draws.uniform(low=-most, high=most) for most in strengths]
+    bright, contrasted, saturated = (1 + change for change in changes[:3])
+    turn = changes[3] * 2 * math.pi
     channels = images.shape[1]
     luma = upload(LUMA if channels == 3 else (1.0,), images.device)
     offset = (1 - contrasted) * bright * (images.mean((2, 3)) @ luma)
@@ -673,15 +657,17 @@ HEADS = ("head.", "head_dist.", "fc.", "classifier.")
 LEFT_OUT = (*HEADS, "cls_classifier.", "distillation_classifier.", "pooler.", "visual.head.", "mask_token", "decoder_",
             "decoder.", "text.", "transformer.", "token_embedding.", "positional_embedding", "ln_final.",
             "text_projection", "logit_scale", "logit_bias")
-PREFIXES = ("_orig_mod.", "module.", "model.", "backbone.", "visual.trunk.", "vit.", "deit.", "dinov2.",
-            "dinov2_with_registers.")
-TRANSFORMERS = {  # patterns of names in Hugging Face's transformers, and timm's names, in the order of replacement
+RENAMES = {  # patterns of others' names, and what timm has for them, in the order of replacement
+    r"^(_orig_mod\.)?(module\.)?(model\.)?(backbone\.)?(visual\.trunk\.)?": "",
+    # Hugging Face's transformers
+    r"^(vit|deit|dinov2|dinov2_with_registers)\.": "",
     r"^embeddings\.patch_embeddings\.projection": "patch_embed.proj", r"^embeddings\.position_embeddings": "pos_embed",
     r"^embeddings\.distillation_token": "dist_token", r"^embeddings\.": "", r"^encoder\.layer\.": "blocks.",
     r"attention\.output\.dense": "attn.proj", r"intermediate\.dense": "mlp.fc1", r"output\.dense": "mlp.fc2",
     "layernorm_before": "norm1", "layernorm_after": "norm2", "^layernorm": "norm",
-    r"layer_scale(\d)\.lambda1": r"ls\1.gamma"}
-RADIMAGENET = {"^0": "conv1", "^1": "bn1", "^4": "layer1", "^5": "layer2", "^6": "layer3", "^7": "layer4"}
+    r"layer_scale(\d)\.lambda1": r"ls\1.gamma",
+    # RadImageNet's ResNet, whose children have numbers
+    r"^0\.": "conv1.", r"^1\.": "bn1.", r"^4\.": "layer1.", r"^5\.": "layer2.", r"^6\.": "layer3.", r"^7\.": "layer4."}
 
 
 def create(arch, num_classes, image_size, **options):
@@ -692,6 +678,9 @@ def create(arch, num_classes, image_size, **options):
         near = timm.list_models(f"*{arch.split('.')[0].split('_')[0]}*")
         fail(f"--arch {arch}: not one of {some(ARCHS, 9)} and timm has no model of that name"
              + (f"; it has {some(near)}" if near else ""))
+    if timm.models.is_model_in_modules(name, ["resnet"]):
+        # the last norm of each block starts at 1, as torchvision's: 0 hides nearly all convolutions of an untrained network
+        options["zero_init_last"] = False
     try:
         model = timm.create_model(name, num_classes=num_classes, img_size=image_size, **options)
     except TypeError:  # a CNN takes any size
@@ -719,8 +708,8 @@ def patch_size(model):
 
 def read_checkpoint(path, key=None):
     """(weights, meta) of a model.pt of this project, a state dict of others (.pt, .pth, .bin, .safetensors) or a checkpoint
-    that holds one, such as facebookresearch/dino's (`key` "teacher", the default, or "student"), without the PREFIXES of
-    its names. Data only: code in a file is refused. meta is what a model.pt says about itself, {} elsewhere."""
+    that holds one, such as facebookresearch/dino's (`key` "teacher", the default, or "student"). Data only: code in a file
+    is refused. meta is what a model.pt says about itself, {} elsewhere."""
     if not Path(path).is_file():
         fail(f"--init {path}: no such file ({', '.join(NAMED_INITS)} are the names that are no files)")
     try:
@@ -736,27 +725,21 @@ def read_checkpoint(path, key=None):
              f"save its state_dict alone ({str(error).splitlines()[0][:120]})")
     except Exception as error:  # torch and safetensors raise half a dozen kinds on a damaged file
         fail(f"--init {path}: not a readable checkpoint ({type(error).__name__}: {str(error)[:120]})")
-    own = isinstance(content, dict) and "stage" in content and "state_dict" in content  # others have other names for arch
-    meta = content if own else {}
-    for name in [key] if key else ["teacher", "state_dict", "model", "backbone"]:
-        if isinstance(content, dict) and isinstance(content.get(name), dict):
-            content = content[name]
-            break
-        if key:
-            fail(f"--init-key {key}: {path} has no such part")
-    if not isinstance(content, dict) or not content or not all(torch.is_tensor(v) for v in content.values()):
+    content = content if isinstance(content, dict) else {}
+    names = [key] if key else ["teacher", "state_dict", "model", "backbone"]
+    parts = [content[name] for name in names if isinstance(content.get(name), dict)]
+    if key and not parts:
+        fail(f"--init-key {key}: {path} has no such part")
+    weights = parts[0] if parts else content
+    if not weights or not all(torch.is_tensor(tensor) for tensor in weights.values()):
         fail(f"--init {path}: no weights in it (expected tensors by name, or a dict with state_dict, model or teacher)")
-    weights = {}
-    for name, tensor in content.items():
-        for prefix in PREFIXES:
-            name = name.removeprefix(prefix)
-        weights[name] = tensor
-    return weights, {name: value for name, value in meta.items() if name != "state_dict"}
+    if not {"stage", "state_dict"} <= content.keys():  # of somebody else, who has other names for arch
+        return weights, {}
+    return weights, {name: value for name, value in content.items() if name != "state_dict"}
 
 
 def published_weights(arch, init):
-    """The weights of --init imagenet and imagenet-stats (timm, supervised) or imagenet-dino (the DINO authors'), downloaded
-    once."""
+    """Weights {name: tensor} of --init imagenet, imagenet-stats (timm's, supervised) or imagenet-dino (DINO's authors')."""
     name = DINO_IMAGENET.get(arch) if init == "imagenet-dino" else ARCHS.get(arch, arch)
     if name is None:
         fail(f"--init imagenet-dino has weights for {some(DINO_IMAGENET)}, not for {arch}")
@@ -777,13 +760,10 @@ def classifier_prefixes(model):
 
 
 def timm_names(weights):
-    """Weights {name: tensor} in timm's names where they have those of Hugging Face's transformers, whose query, key and
-    value are joined, or a ResNet's children by number, as RadImageNet's."""
-    foreign = {"embeddings.cls_token": TRANSFORMERS, "4.0.conv1.weight": RADIMAGENET}
-    patterns = next((patterns for name, patterns in foreign.items() if name in weights), {})
+    """Weights {name: tensor} in timm's names, by RENAMES; query, key and value of Hugging Face's transformers are joined."""
     renamed = {}
     for name, tensor in weights.items():
-        for theirs, ours in patterns.items():
+        for theirs, ours in RENAMES.items():
             name = re.sub(theirs, ours, name)
         renamed[name] = tensor
     for name in [name for name in renamed if ".attention.attention.query." in name]:
@@ -799,10 +779,12 @@ def fit_weights(model, weights, source):
     position embeddings resampled, a stem of one channel spread over three, which gives grey images what it gave them."""
     own = model.state_dict()
     kernel = "patch_embed.proj.weight"
-    there, here = (tensors[kernel].shape[2:] if kernel in tensors else () for tensors in (weights, own))
-    if there and here and there != here:
-        say(f"init {source}: its patches of {there[0]} pixels are resampled to {here[0]} (--patch-size)")
-        weights[kernel] = timm.layers.resample_patch_embed(weights[kernel], list(here))
+    if kernel in weights and kernel in own:
+        there = weights[kernel].shape[2:]
+        here = own[kernel].shape[2:]
+        if there and there != here:
+            say(f"init {source}: its patches of {there[0]} pixels are resampled to {here[0]} (--patch-size)")
+            weights[kernel] = timm.layers.resample_patch_embed(weights[kernel], list(here))
     module = sys.modules[timm.models.model_entrypoint(model.pretrained_cfg["architecture"]).__module__]
     if hasattr(module, "checkpoint_filter_fn"):
         with redirect_stdout(io.StringIO()):  # one prints what it tries
@@ -857,7 +839,6 @@ def build_model(arch, init, image_size, num_classes, seed=0, init_key=None, init
     torch.manual_seed(seed)
     model = create(arch, num_classes, image_size, **options)
     if init == "random":
-        start_as_torchvision(model)
         return model, None
     if init in NAMED_INITS:
         weights, dataset = published_weights(arch, init), "imagenet"
@@ -872,9 +853,8 @@ def build_model(arch, init, image_size, num_classes, seed=0, init_key=None, init
 
 @torch.no_grad()
 def keep_statistics(model):
-    """Draw each weight matrix anew from a normal distribution of its own mean and standard deviation, set norms to 1 and 0
-    and biases to 0: what remains of pretraining are its statistics (ST of Matsoukas et al. 2022, section 3, after the
-    mean-var init of Raghu et al. 2019)."""
+    """Draw each weight matrix anew from a normal distribution of its own mean and standard deviation; norms become 1 and 0,
+    biases 0. Statistics are left of pretraining (ST of Matsoukas et al. 2022, section 3; mean-var of Raghu et al. 2019)."""
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.zero_()
@@ -921,15 +901,6 @@ def open_backbone(name, dataset, args, like=None):
              "pretrained_on": pretrained_on, "image_size": known["image_size"], "patch_size": known["patch_size"],
              "num_classes": known["num_classes"], "seed": known["seed"]}
     return model.eval(), facts, {key: known[key] for key in ("mean", "std") if key in known}
-
-
-def start_as_torchvision(model):
-    """Set the last norm of each block of a ResNet to 1. timm's start of 0 hides nearly all convolutions of an untrained
-    network from its features."""
-    for block in model.modules():
-        if isinstance(block, (timm.models.resnet.BasicBlock, timm.models.resnet.Bottleneck)):
-            last = block.bn3 if hasattr(block, "bn3") else block.bn2
-            torch.nn.init.ones_(last.weight)
 
 
 def load_trained(path):
@@ -1004,18 +975,6 @@ def attention_reader(model):
     return read
 
 
-def features(model, images, pool="auto"):
-    """(B, D): the CLS token of a ViT ("cls"), the mean of its patch tokens ("mean") or, for "auto", what the model
-    itself feeds its classifier: CLS for DeiT, the pooled map for a CNN."""
-    tokens = model.forward_features(images)
-    if pool == "auto" or tokens.ndim != 3:
-        return model.forward_head(tokens, pre_logits=True)
-    prefix = getattr(model, "num_prefix_tokens", 0)
-    if pool == "cls" and not prefix:
-        fail(f"--pool cls: {type(model).__name__} has no CLS token")
-    return tokens[:, 0] if pool == "cls" else tokens[:, prefix:].mean(1)
-
-
 def as_map(model, x):
     """Features of a timm model as a map (B, C, h, w): a ViT's patch tokens, the last of (B, T, C), put back in their places,
     channels-last maps turned."""
@@ -1042,11 +1001,6 @@ def outputs(function, dataset, rows, image_size, run, batch_size=128):
     if not parts:  # there are more processes than rows: as wide as those of the others
         parts.append(function(torch.zeros(1, 3, image_size, image_size, device=run.device)).float()[:0])
     return gather_rows(torch.cat(parts), len(rows), run)
-
-
-def extract(model, dataset, rows, image_size, run, pool="auto", batch_size=128):
-    """Frozen features (n, D) float32 of rows of a dataset, in their order, on the CPU of every process."""
-    return outputs(partial(features, model, pool=pool), dataset, rows, image_size, run, batch_size)
 
 
 def nearest(train, queries, k, tile=2 ** 26):
@@ -1104,8 +1058,7 @@ def vote_on(features, dataset, ks, temperature, device):
 
 
 class SyncBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
-    """Batch norm over the global batch, for processes on CPUs, where PyTorch has none. x (B, C, ...), with the same B
-    on every process."""
+    """Batch norm over the global batch for processes on CPUs, where PyTorch has none. x (B, C, ...), B the same on all."""
 
     def _check_input_dim(self, x):
         pass
@@ -1116,7 +1069,7 @@ class SyncBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             return super().forward(x)
         world = dist.get_world_size()
         x32 = x.float()
-        axes = [axis for axis in range(x.ndim) if axis != 1]
+        axes = [0, *range(2, x.ndim)]  # all but the channels
         moments = torch.stack([x32.mean(axes), (x32 * x32).mean(axes)])
         mean, square = torch.distributed.nn.functional.all_reduce(moments) / world
         variance = square - mean * mean
@@ -1173,8 +1126,7 @@ class Run:
 
 
 def has_fast_bf16(device):
-    """Whether bf16 is quick on a device: CUDA from Ampere on, CPUs with AVX512-BF16 or AMX. (Others emulate it, tens
-    of times slower than fp32.)"""
+    """Whether bf16 is quick on a device: CUDA from Ampere on, CPUs with AVX512-BF16 or AMX. Others emulate it, very slowly."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
@@ -1182,8 +1134,7 @@ def has_fast_bf16(device):
 
 
 def keep_freed_memory():
-    """Tell glibc to keep what is freed: else a large tensor goes back to the system, and the next faults in page by
-    page."""
+    """Tell glibc to keep what is freed: large tensors go back to the system otherwise, and the next fault in page by page."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
@@ -1253,8 +1204,7 @@ def all_reduce_mean(value, run):
 
 
 def checked_mean(total, count, step, epoch, output, run):
-    """total / count, the mean over processes of what was summed up to `step` (0, 1, ...); a mean that is not finite
-    ends the run, whose folder is `output`."""
+    """total / count, the mean over processes of what was summed up to `step` (0, 1, ...); ends the run if it is not finite."""
     mean = all_reduce_mean(total / count, run)
     if not torch.isfinite(mean).all():
         fail(f"the loss is not finite by step {step + 1} (epoch {epoch + 1}); the last good checkpoint is "
@@ -1304,8 +1254,7 @@ def parameter_groups(model, weight_decay=0.0, layer_decay=1.0):
 
 
 def start_training(model, args, run, folder, layer_decay=1.0):
-    """(optimizer, scaler, parts of a checkpoint, log) for fine-tuning a model: Adam on what asks for gradients, without
-    weight decay on biases and norms, resumed where the run stopped."""
+    """(optimizer, scaler, parts of a checkpoint, log) of fine-tuning: Adam, no decay of biases and norms, resumed if begun."""
     optimizer = torch.optim.Adam(parameter_groups(model, args.weight_decay, layer_decay), lr=args.lr,
                                  fused=run.device.type in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp == "fp16")
@@ -1314,8 +1263,7 @@ def start_training(model, args, run, folder, layer_decay=1.0):
 
 
 def score_log(log, metric):
-    """Set "score", by which the best entry of a log is chosen: validation's metric or, for all, minus its loss where the
-    metric is undefined in one."""
+    """Set "score", which chooses the best entry: validation's metric or, if one lacks it, minus the loss for all."""
     undefined = any(entry["val"][metric] is None for entry in log)
     for entry in log:
         entry["score"] = -entry["val"]["loss"] if undefined else entry["val"][metric]
@@ -1434,51 +1382,50 @@ def add_training(parser, groups, batch_size, scale):
 
 
 def parse(parser, stage):
-    """Read the command line of a stage, check what can be checked without data, and fill the defaults that hang
-    together."""
+    """Read the command line of a stage, check what can be checked without data, fill the defaults that hang together."""
     args = parser.parse_args()
     args.stage = stage
     args.defaults = {action.dest: action.default for action in parser._actions if action.dest != "help"}
     at_least = {"image_size": 1, "patch_size": 1, "limit": 1, "epochs": 1, "batch_size": 1, "lr": 0, "weight_decay": 0,
-                "warmup_steps": 0, "clip_grad": 0, "min_lr": 0, "seed": 0, "rotate": 0, "patience": 0}
+                "warmup_steps": 0, "clip_grad": 0, "min_lr": 0, "seed": 0, "rotate": 0, "patience": 0, "accumulate": 1,
+                "local_crops": 0, "koleo": 0, "probe_every": 0, "teacher_temp": 1e-6, "student_temp": 1e-6}
     for name, low in at_least.items():
         value = getattr(args, name, None)
         if value is not None and not value >= low:  # which a NaN is not either
-            fail(f"--{name.replace('_', '-')} {value}: must {'be at least 1' if low else 'not be negative'}")
-    if hasattr(args, "scale") and not 0 < args.scale[0] <= args.scale[1] <= 1:
-        fail(f"--scale {args.scale[0]} {args.scale[1]}: expected 0 < LOW <= HIGH <= 1")
+            fail(f"--{name.replace('_', '-')} {value}: must {f'be at least {low}' if low else 'not be negative'}")
+    for name in ("scale", "global_scale", "local_scale"):
+        low, high = getattr(args, name, None) or (1, 1)
+        if not 0 < low <= high <= 1:
+            fail(f"--{name.replace('_', '-')} {low} {high}: expected 0 < LOW <= HIGH <= 1")
     if args.init_stats and args.init in ("random", "imagenet-stats"):
         fail(f"--init-stats goes with weights, not with --init {args.init}: take imagenet, imagenet-dino or a file")
-    meta = {}
     given = [f"--{name}" for name in ("predict", "test") if getattr(args, name, None)]
     if len(given) > 1:
         fail("take either --predict or --test")
     if getattr(args, "split", "test") != "test" and "--test" not in given:
         fail(f"--split {args.split} is for --test")
-    if args.init not in NAMED_INITS and Path(args.init).is_dir():  # a run folder
-        args.init = str(Path(args.init) / "model.pt")
     if given and (args.init in NAMED_INITS or args.init_stats):
         fail(f"{given[0]} needs --init RUN/model.pt, a model that {stage}.py has trained")
+    meta = {}
+    args.init_digest = None
     if args.init not in NAMED_INITS:
+        if Path(args.init).is_dir():  # a run folder
+            args.init = str(Path(args.init) / "model.pt")
         _, meta = read_checkpoint(args.init, args.init_key)
         if meta and args.arch and ARCHS.get(args.arch, args.arch) != ARCHS.get(meta["arch"], meta["arch"]):
             fail(f"--init {args.init} holds a {meta['arch']}, not the {args.arch} of --arch")
+        args.init_digest = digest_of(args.init)
     args.arch = args.arch or meta.get("arch") or "deit_small"
     args.image_size = args.image_size or meta.get("image_size") or 224
     args.patch_size = args.patch_size or meta.get("patch_size")
     args.init_label = init_label(args.init, meta) + ("-stats" if args.init_stats else "")
     args.seen = meta.get("seen", [])
-    args.init_digest = None if args.init in NAMED_INITS else digest_of(args.init)
     return args
 
 
 def digest_of(file):
     """A fingerprint of what is in a file."""
-    digest = hashlib.blake2b(digest_size=8)
-    with open(file, "rb") as content:
-        while part := content.read(2 ** 20):
-            digest.update(part)
-    return digest.hexdigest()
+    return hashlib.blake2b(np.memmap(file, mode="r"), digest_size=8).hexdigest()
 
 
 def init_label(init, meta):
@@ -1563,8 +1510,10 @@ def compare_runs(folder, args, dataset):
     old = {**args.defaults, "init_digest": here["init_digest"], **old}  # an argument that is newer than that run
     if old.get("stage") != args.stage:
         fail(f"{folder} holds another run, of {old.get('stage')}; give another --output")
-    differ = [f"{name} {old.get(name)!r} there, {here.get(name)!r} here"
-              for name in sorted({*old, *here} - NOT_COMPARED) if old.get(name) != here.get(name)]
+    differ = []
+    for name in sorted({*old, *here} - NOT_COMPARED):
+        if old.get(name) != here.get(name):
+            differ.append(f"{name} {old.get(name)!r} there, {here.get(name)!r} here")
     if differ:
         fail(f"{folder} holds another run: {some(differ)}; give another --output, or --overwrite")
     if data.get("fingerprint") != dataset.fingerprint:
@@ -1573,8 +1522,8 @@ def compare_runs(folder, args, dataset):
 
 
 def write_atomic(path, write):
-    """Call write(temporary path), then rename it: a reader sees the old file or the new one, never half."""
-    temporary = Path(f"{path}.partial")
+    """Call write(temporary path of the same suffix), then rename it: a reader sees the old file or the new one, never half."""
+    temporary = Path(path).with_suffix(f".partial{Path(path).suffix}")
     try:
         write(temporary)
         os.replace(temporary, path)
@@ -1594,14 +1543,6 @@ def write_table(path, head, rows):
     def write(part):
         with open(part, "w", newline="", encoding="utf-8") as out:
             csv.writer(out).writerows([head, *rows])
-    write_atomic(path, write)
-
-
-def write_npz(path, arrays, save=np.savez):
-    """Write arrays by name into an .npz file atomically; save: np.savez, or np.savez_compressed."""
-    def write(part):
-        with open(part, "wb") as out:
-            save(out, **arrays)
     write_atomic(path, write)
 
 
@@ -1664,11 +1605,11 @@ def write_metrics(folder, dataset, run, args, **own):
 def predictions_folder(args):
     """Where --predict writes, and that it may."""
     folder = Path(args.output or "predictions")
-    for name in ("predictions.csv", "masks"):
-        if (folder / name).exists() and not args.overwrite and not (folder / "args.json").exists():
-            fail(f"{folder / name} is there already; give another --output, or --overwrite to replace it")
     if (folder / "args.json").exists() or (folder.exists() and not folder.is_dir()):
         fail(f"--output {folder} holds a training run or is a file; give a new folder for the predictions")
+    for name in ("predictions.csv", "masks"):
+        if (folder / name).exists() and not args.overwrite:
+            fail(f"{folder / name} is there already; give another --output, or --overwrite to replace it")
     return folder
 
 
@@ -1775,13 +1716,13 @@ def bootstrap_interval(score, count, groups=None, seed=0, resamples=1000):
     values = []
     if groups is not None:
         _, group_of = np.unique(groups, return_inverse=True)
-        ends = np.bincount(group_of).cumsum()[:-1]
-        members = np.split(np.argsort(group_of, kind="stable"), ends)
+        ends = np.bincount(group_of).cumsum()
+        members = np.split(np.argsort(group_of, kind="stable"), ends[:-1])
+        count = len(members)
     for _ in range(resamples):
+        indices = rng.integers(count, size=count)
         if groups is not None:
-            indices = np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
-        else:
-            indices = rng.integers(count, size=count)
+            indices = np.concatenate([members[i] for i in indices])
         value = score(indices)
         if value is not None:
             values.append(value)
@@ -1789,8 +1730,7 @@ def bootstrap_interval(score, count, groups=None, seed=0, resamples=1000):
 
 
 def guess(dataset, count):
-    """What one says who always guesses: the share of each class, or label, in train (of --test, where there is none, in
-    what is tested), (count, C) float64."""
+    """What always guessing says, (count, C) float64: the share of each class or label in train (without one, in test)."""
     labels = dataset.labels[dataset.rows["train"] if len(dataset.rows["train"]) else dataset.rows["test"]]
     if dataset.task == "classes":
         labels = np.eye(len(dataset.classes))[labels]
@@ -1832,12 +1772,13 @@ def interval_text(test):
     return f"95 % interval {show(low)} to {show(high)}{guessed}"
 
 
-def write_predictions(path, dataset, rows, scores, classes, task):
-    """predictions.csv, a row an image: image, group, then label, predicted and a probability a class or, multilabel, a
-    0/1 column label_NAME and a probability NAME for each. Labels are blank where they are not known."""
-    multilabel = task == "multilabel"
+def write_predictions(path, dataset, scores):
+    """predictions.csv, a row a test image: image, group, then label, predicted and a probability a class or, multilabel, a
+    0/1 column label_NAME and a probability NAME for each. Labels are blank where they are not known. scores (n, C)."""
+    multilabel = dataset.task == "multilabel"
+    classes = dataset.classes
     lines = []
-    for row, score in zip(rows, scores):
+    for row, score in zip(dataset.rows["test"], scores):
         if multilabel:
             labels = [""] * len(classes) if dataset.labels is None else dataset.labels[row].astype(int).tolist()
         else:
@@ -1883,7 +1824,7 @@ def new_panels(path, count, width, height):
 
 def save_figure(figure, path):
     """Write a figure atomically, in the format of its suffix."""
-    write_atomic(path, lambda part: figure.savefig(part, format=Path(path).suffix[1:], bbox_inches="tight"))
+    write_atomic(path, lambda part: figure.savefig(part, bbox_inches="tight"))
 
 
 def draw_curves(path, xlabel, panels):

@@ -212,11 +212,16 @@ def probe(model, dataset, args, run, folder, pretrained_on):
     Returns the log, an entry a strength."""
     say("linear probe: features without augmentation, logistic regression; --epochs, --lr and the like play no part")
     device = torch.device("cpu") if run.device.type == "mps" else run.device  # which has no float64
+
+    def frozen(images):
+        return model.forward_head(model.forward_features(images), pre_logits=True)
+
     begin = time.time()
+    model.eval()
     features, labels = {}, {}
     for name in ("train", "val"):
         rows = dataset.rows[name]
-        features[name] = common.extract(model.eval(), dataset, rows, args.image_size, run).double().to(device)
+        features[name] = common.outputs(frozen, dataset, rows, args.image_size, run).double().to(device)
         labels[name] = torch.from_numpy(dataset.labels[rows]).to(device)
     speed = sum(map(len, features.values())) / (time.time() - begin)
 
@@ -284,7 +289,7 @@ def test(model, dataset, args, run, folder, columns=slice(None)):
         return None
     scores = probabilities(logits, dataset.task)
     result = common.score_test(dataset, scores)
-    common.write_predictions(folder / "predictions.csv", dataset, rows, scores, dataset.classes, dataset.task)
+    common.write_predictions(folder / "predictions.csv", dataset, scores)
     if dataset.task == "classes":
         table = common.confusion(dataset.labels[rows], scores.argmax(1), len(dataset.classes))
         draw_confusion(folder / "confusion.png", table, dataset.classes)
@@ -383,14 +388,13 @@ def predict(args, run):
     folder = common.predictions_folder(args)
     model, meta = common.load_trained(args.init)
     with common.prepare_module().new_images(args.predict, folder, meta, args.skip_broken) as dataset:
-        rows = dataset.rows["test"]
+        dataset.task, dataset.classes = meta["task"], meta["classes"]
         model = common.to_device(model, run)
-        logits = common.outputs(model, dataset, rows, meta["image_size"], run)
+        logits = common.outputs(model, dataset, dataset.rows["test"], meta["image_size"], run)
         if run.rank == 0:
-            scores = probabilities(logits, meta["task"])
             folder.mkdir(parents=True, exist_ok=True)
-            common.write_predictions(folder / "predictions.csv", dataset, rows, scores, meta["classes"], meta["task"])
-            say(f"written: {folder}/predictions.csv, {len(rows)} images")
+            common.write_predictions(folder / "predictions.csv", dataset, probabilities(logits, dataset.task))
+            say(f"written: {folder}/predictions.csv, {len(logits)} images")
 
 
 def main():

@@ -8,6 +8,7 @@ similarity vote with the weight exp(similarity / T), T = 0.1 in the authors' cod
 --k gives the headline; the others are in metrics.json, under by_k. features.npz keeps the features of all splits.
 """
 import time
+from functools import partial
 
 import common  # before PyTorch, whose threads it tells how to wait
 from common import fail, say
@@ -35,6 +36,23 @@ def arguments():
     return args
 
 
+def features(model, images, pool="auto"):
+    """(B, D): the CLS token of a ViT ("cls"), the mean of its patch tokens ("mean") or, for "auto", what the model
+    itself feeds its classifier: CLS for DeiT, the pooled map for a CNN."""
+    tokens = model.forward_features(images)
+    if pool == "auto" or tokens.ndim != 3:
+        return model.forward_head(tokens, pre_logits=True)
+    prefix = getattr(model, "num_prefix_tokens", 0)
+    if pool == "cls" and not prefix:
+        fail(f"--pool cls: {type(model).__name__} has no CLS token")
+    return tokens[:, 0] if pool == "cls" else tokens[:, prefix:].mean(1)
+
+
+def extract(model, dataset, rows, image_size, run, pool="auto", batch_size=128):
+    """Frozen features (n, D) float32 of rows of a dataset, in their order, on the CPU of every process."""
+    return common.outputs(partial(features, model, pool=pool), dataset, rows, image_size, run, batch_size)
+
+
 def save_features(path, features, dataset):
     """features.npz: {split}_features (n, D) float32, {split}_labels and {split}_images of each split, and classes."""
     arrays = {"classes": np.array(dataset.classes)}
@@ -42,7 +60,7 @@ def save_features(path, features, dataset):
         arrays[f"{name}_features"] = features[name].numpy()
         arrays[f"{name}_labels"] = dataset.labels[rows]
         arrays[f"{name}_images"] = np.array([dataset.paths[row] for row in rows])
-    common.write_npz(path, arrays)
+    common.write_atomic(path, lambda part: np.savez(part, **arrays))
 
 
 def neighbours(text, most):
@@ -72,7 +90,7 @@ def main():
         model.forward_features = torch.compile(model.forward_features)
 
     started = time.time()
-    features = {name: common.extract(model, dataset, rows, args.image_size, run, args.pool, args.batch_size)
+    features = {name: extract(model, dataset, rows, args.image_size, run, args.pool, args.batch_size)
                 for name, rows in dataset.rows.items()}
     speed = sum(dataset.counts.values()) / (time.time() - started)
     if run.rank > 0:
@@ -88,8 +106,7 @@ def main():
     k = ks[-1]
     val = common.all_metrics(dataset, dataset.labels[dataset.rows["val"]], scores["val"][k])
     test = common.score_test(dataset, scores["test"][k])
-    common.write_predictions(folder / "predictions.csv", dataset, dataset.rows["test"], scores["test"][k],
-                             dataset.classes, dataset.task)
+    common.write_predictions(folder / "predictions.csv", dataset, scores["test"][k])
     common.print_table(["k", f"val {dataset.metric}", f"test {dataset.metric}"],
                        [[k, common.show(value["val"]), common.show(value["test"])] for k, value in by_k.items()])
     headline = f"{dataset.metric} {common.show(test[dataset.metric])}"

@@ -92,15 +92,6 @@ def arguments():
     groups["run"].add_argument("--preview", action="store_true", help="write crops.png and stop")
     groups["run"].add_argument("--export", metavar="FILE.safetensors", help="the backbone for timm as well")
     args = common.parse(parser, "pretrain_dino")
-    for name in ("global_scale", "local_scale"):
-        low, high = getattr(args, name) or (0.5, 1)
-        if not 0 < low <= high <= 1:
-            fail(f"--{name.replace('_', '-')} {low} {high}: expected 0 < LOW <= HIGH <= 1")
-    least = {"local_crops": 0, "koleo": 0, "probe_every": 0, "accumulate": 1, "teacher_temp": 1e-6, "student_temp": 1e-6}
-    for name, low in least.items():
-        value = getattr(args, name)
-        if value is not None and value < low:
-            fail(f"--{name.replace('_', '-')} {value}: too small")
     if args.export and not args.export.endswith(".safetensors"):
         fail(f"--export {args.export}: the name must end in .safetensors")
     if args.export and not Path(args.export).resolve().parent.is_dir():
@@ -307,7 +298,8 @@ def build(args, run):
     teacher = Model(common.create(args.arch, 0, args.image_size, **options), copy.deepcopy(student.head))
     teacher.requires_grad_(False).load_state_dict(student.state_dict())
     teacher.register_buffer("center", torch.zeros(args.out_dim))
-    student, teacher = (common.sync_batch_norm(common.to_device(model, run), run) for model in (student, teacher))
+    student = common.to_device(student, run)
+    teacher = common.sync_batch_norm(common.to_device(teacher, run), run)
     return student, teacher, pretrained_on
 
 
@@ -377,7 +369,7 @@ def examine(backbone, dataset, args, run, probe):
     def sample(name, most):
         rows = dataset.rows[name]
         rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), most)).astype(int))]
-        return rows, F.normalize(common.extract(backbone, dataset, rows, args.image_size, run), dim=1)
+        return rows, F.normalize(common.outputs(backbone, dataset, rows, args.image_size, run), dim=1)
 
     backbone.eval()
     asked, queries = sample("val", 512)
@@ -480,11 +472,9 @@ def fit(student, teacher, dataset, args, run, folder, pretrained_on):
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp == "fp16")
     parts = {"student": student, "teacher": teacher, "optimizer": optimizer, "scaler": scaler}
     log = common.resume(folder, run, parts)
-    wrapped = student
-    if run.world > 1:
-        wrapped = torch.nn.parallel.DistributedDataParallel(student, broadcast_buffers=False)
+    wrapped = common.distribute(student, run, args.compile)
     if args.compile:
-        wrapped, teacher.forward = torch.compile(wrapped), torch.compile(teacher.forward)
+        teacher.forward = torch.compile(teacher.forward)
     images = len(dataset.rows["train"])
     plan = schedules(args, images // args.batch_size)
     if not log:

@@ -333,7 +333,7 @@ def save_maps(path, meta, dataset, pictures):
     for number, (row, (view_map, _, _)) in enumerate(pictures.items()):
         height, width = map(int, dataset.sizes[row])
         arrays[f"map_{number}"], _ = place_map(view_map, dataset.side, height, width, dataset.fit)
-    common.write_npz(path, arrays, np.savez_compressed)
+    common.write_atomic(path, lambda part: np.savez_compressed(part, **arrays))
 
 
 # ---------------------------------------------------------------- the run -----------------------------------

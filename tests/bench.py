@@ -131,7 +131,7 @@ def finetune_plain(folder, device, arch, count, batch):
 def features_ours(folder, device, arch, count, batch):
     _, run, dataset = start_stage(knn_eval, folder, device, count)
     model = common.to_device(common.create(arch, 0, SIDE), run).eval()
-    return partial(common.extract, model, dataset, dataset.rows["train"], SIDE, run, batch_size=batch)
+    return partial(knn_eval.extract, model, dataset, dataset.rows["train"], SIDE, run, batch_size=batch)
 
 
 def features_plain(folder, device, arch, count, batch):

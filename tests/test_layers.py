@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 import common
+import knn_eval
 import layers
 from conftest import TINY, metrics, picture, refused, stage, table, write_prepared
 
@@ -122,7 +123,7 @@ def test_features_of_the_last_layer_are_the_models_own(data, arch, count, kinds)
         pool = {"cls": "cls", "mean": "mean", "pooled": "auto"}.get(kind)
         if pool is None or arch == "test_convnext":  # its head has a norm between the map and the classifier
             continue
-        features = {name: common.extract(model, dataset, rows, 64, CPU, pool) for name, rows in dataset.rows.items()}
+        features = {name: knn_eval.extract(model, dataset, rows, 64, CPU, pool) for name, rows in dataset.rows.items()}
         k = dataset.counts["train"]
         expected = common.vote_on(features, dataset, [k], 0.1, CPU.device)["test"][k]
         assert np.abs(share - expected).max() < 1e-5, kind

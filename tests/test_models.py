@@ -7,6 +7,7 @@ import timm
 import torch
 
 import common
+import knn_eval
 from conftest import TINY, metrics, refused, stage
 
 
@@ -59,7 +60,7 @@ def test_torchvision_resnet_loads_and_agrees(tmp_path):
     reference.fc = torch.nn.Identity()
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        assert (common.features(model, images) - reference(images)).abs().max() < 1e-4
+        assert (knn_eval.features(model, images) - reference(images)).abs().max() < 1e-4
 
 
 def test_position_embeddings_are_resampled(tmp_path):
@@ -133,13 +134,13 @@ def test_features_are_cls_mean_or_pooled():
     model.eval()
     with torch.no_grad():
         tokens = model.forward_features(images)
-        assert torch.equal(common.features(model, images, "mean"), tokens[:, 1:].mean(1))
-        assert torch.equal(common.features(model, images, "cls"), tokens[:, 0])
+        assert torch.equal(knn_eval.features(model, images, "mean"), tokens[:, 1:].mean(1))
+        assert torch.equal(knn_eval.features(model, images, "cls"), tokens[:, 0])
         deit = common.create("deit_tiny", 0, 32).eval()
-        assert torch.allclose(common.features(deit, images), deit(images))
-        assert torch.allclose(common.features(deit, images, "cls"), deit(images))
+        assert torch.allclose(knn_eval.features(deit, images), deit(images))
+        assert torch.allclose(knn_eval.features(deit, images, "cls"), deit(images))
         cnn = common.create("test_resnet", 0, 32).eval()
-        assert torch.allclose(common.features(cnn, images), cnn(images))
+        assert torch.allclose(knn_eval.features(cnn, images), cnn(images))
 
 
 def hub_cache(folder, repository, weights):

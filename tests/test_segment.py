@@ -116,7 +116,7 @@ def test_learns_and_writes_what_the_design_names(mask_data, tmp_path):
     assert model["task"] == "masks" and model["classes"] == ["background", "lesion"]
     assert model["side"] == SIDE and model["fit"] == "squash" and model["ignore"] is None
     assert "patch_embed.proj.weight" in model["state_dict"]
-    assert (run / "curves.png").exists() and not list(run.glob("*.partial"))
+    assert (run / "curves.png").exists() and not list(run.glob("*.partial*"))
     assert result["split"] == common.open_dataset(mask_data).fingerprint
     # its backbone, in timm's names, is a start for the other stages and for segment.py itself
     done = stage("segment.py", "--data", "data", "--init", "run/model.pt", "--epochs", "1", "--batch-size", "4", *TINY,
