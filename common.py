@@ -54,7 +54,8 @@ CHECK_EVERY = 20  # steps of training between looks at the loss: a look waits fo
 def fail(message):
     """A user's mistake: one line on stderr, exit code 2. Of several processes that see it, one says it."""
     # rank 0 speaks at once, and torchrun then ends the others before they repeat it; one that sees it alone speaks late
-    time.sleep(3 * int(os.environ.get("LOCAL_RANK", 0)))
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    time.sleep(3 + 3 * rank if rank else 0)
     plain = re.sub(r"\x1b(\[[0-9;]*m?)?", "", str(message))  # torch has some of its errors in bold
     print("error: " + " ".join(plain.split()), file=sys.stderr, flush=True)
     raise SystemExit(2)

@@ -1574,7 +1574,9 @@ def summarise(folder, sizes, bits, facts):
     repeats = len(facts) - len({fact["digest"] for fact in facts})
     leaks = [f"; {n} {name.replace('_', ' ')}" for name, n in dataset.leakage.items() if n]
     say(f"duplicates: {repeats} images equal another one" + "".join(leaks))
-    say(f"mean {dataset.mean}, standard deviation {dataset.std}, headline metric {dataset.metric}, {dataset.metric_reason}")
+    say(f"mean {dataset.mean}, standard deviation {dataset.std}")
+    if dataset.task or dataset.masks is not None:
+        say(f"headline metric: {dataset.metric}, {dataset.metric_reason}")
 
 
 def choose_side(sizes, args):
