@@ -5,6 +5,7 @@ process that has its packages imported (not the project), since importing PyTorc
 `forks.py --serve SOCKET` is that process; FORKS_SOCKET names it to the others. Anything else than a script goes to
 FORKS_PYTHON, so that run_all.sh can have this file for its PYTHON.
 """
+import gc
 import importlib
 import io
 import json
@@ -45,13 +46,15 @@ def serve(path):
 
 
 def import_packages():
-    """What every stage imports, and matplotlib's fonts, found once."""
+    """What every stage imports, and matplotlib's fonts, found once; a fork's garbage collection leaves all that alone."""
     for name in ("filelock", "timm", "torch", "torchvision", "tqdm"):
         importlib.import_module(name)
     from matplotlib.figure import Figure
     figure = Figure(layout="constrained")
     figure.subplots().set(title="fonts", xlabel="x")
     figure.savefig(io.BytesIO(), bbox_inches="tight")
+    gc.collect()
+    gc.freeze()
 
 
 def fork(argv, cwd, environment, out, err):
