@@ -48,11 +48,11 @@ def environments(processes):
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
-def forked(command, cwd, processes):
+def forked(command, cwd, processes, first):
     """Run [script, arguments...] as forks of the process that has the packages imported."""
     start_forks()
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        code = forks.ask(command, cwd, environments(processes), out.fileno(), err.fileno())
+        code = forks.ask(command, cwd, environments(processes), out.fileno(), err.fileno(), first)
         texts = []
         for file in (out, err):
             file.seek(0)
@@ -60,17 +60,16 @@ def forked(command, cwd, processes):
         return subprocess.CompletedProcess(command, code, *texts)
 
 
-def stage(script, *args, cwd, processes=1, env=None, fresh=False, root=ROOT, check=True, limit=None):
-    """Run a script as a command in cwd (with `fresh` in a new interpreter, of several processes by torchrun, which
-    also ends the others where one fails); returns the finished process with its text output."""
+def stage(script, *args, cwd, processes=1, first="", fresh=False, root=ROOT, check=True):
+    """Run a script as a command in cwd, after the Python `first` (or with `fresh` in a new interpreter, of several processes
+    by torchrun); returns the finished process with its text output."""
     command = [str(root / script), *map(str, args)]
-    if not env and not limit and not fresh and (check or processes == 1):
-        done = forked(command, cwd, processes)
-    else:
+    if fresh:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         done = subprocess.run([sys.executable, *(launcher if processes > 1 else []), *command], cwd=cwd,
-                              env={**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})}, text=True,
-                              capture_output=True, preexec_fn=limit)
+                              env={**os.environ, "HF_HUB_OFFLINE": "1"}, text=True, capture_output=True)
+    else:
+        done = forked(command, cwd, processes, first)
     if check:
         assert done.returncode == 0, f"{script} {args}\n{done.stdout}\n{done.stderr}"
     return done
@@ -78,14 +77,19 @@ def stage(script, *args, cwd, processes=1, env=None, fresh=False, root=ROOT, che
 
 def killed(script, *args, cwd, log, lines, text):
     """Start a stage and SIGKILL it once its log.jsonl has `lines` lines and `text` then shows on stderr."""
-    process = subprocess.Popen([sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd,
-                               stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-    seen = b""
-    while text.encode() not in seen or not log.exists() or log.read_text().count("\n") < lines:
-        seen += process.stderr.read(1)
-        assert process.poll() is None, "it ended before it could be killed"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    start_forks()
+    reading, writing = os.pipe()
+    command = [str(ROOT / script), *map(str, args)]
+    with open(reading, "rb", 0) as stderr, tempfile.TemporaryFile() as out:
+        answer = forks.start(command, cwd, [{}], out.fileno(), writing)
+        os.close(writing)
+        seen = b""
+        while text.encode() not in seen or not log.exists() or log.read_text().count("\n") < lines:
+            more = stderr.read(1)
+            assert more, "it ended before it could be killed"
+            seen += more
+        os.kill(int(answer.readline()), signal.SIGKILL)
+        assert int(answer.readline()) == signal.SIGKILL
 
 
 def refused(done, *words):

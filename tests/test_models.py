@@ -143,8 +143,9 @@ def test_published_weights_load_from_the_hub_cache(tmp_path, demo, init, name):
     repository = source.pretrained_cfg["hf_hub_id"]
     hub_cache(tmp_path / "hub", repository, source.state_dict())
     arch = {"imagenet": "deit_tiny", "imagenet-dino": "deit_small"}[init]
+    cache = f"from huggingface_hub import constants; constants.HF_HUB_CACHE = {str(tmp_path / 'hub')!r}"
     done = stage("knn_eval.py", "--data", demo, "--arch", arch, "--init", init, "--limit", "16", "--output", "run",
-                 *TINY, cwd=tmp_path, env={"HF_HUB_CACHE": str(tmp_path / "hub")})
+                 *TINY, cwd=tmp_path, first=cache)
     assert f"init {init}: 150 of 150 backbone tensors loaded" in done.stdout
     assert metrics(tmp_path / "run")["pretrained_on"] == "imagenet"
 
