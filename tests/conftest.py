@@ -193,7 +193,7 @@ def csv_data(csv_source, tmp_path):
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
-    """The built-in demo, prepared once."""
-    folder = tmp_path_factory.mktemp("demo") / "demo"
+    """The built-in demo, prepared once; in TESTS_DEMO by whichever half of the tests comes first, the other waits for it."""
+    folder = Path(os.environ.get("TESTS_DEMO") or tmp_path_factory.mktemp("demo")) / "demo"
     stage("prepare.py", "demo", "--layout", "demo", "--output", folder, cwd=folder.parent)
     return folder

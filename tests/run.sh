@@ -16,7 +16,8 @@ fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 half=$(printf "tests/test_%s.py " report pretrain models weights layers training folds attn_distance)
 log=$(mktemp)
-trap 'rm -f "$log"' EXIT
+export TESTS_DEMO=$(mktemp -d)  # the demo for both
+trap 'rm -rf "$log" "$TESTS_DEMO"' EXIT
 "$PYTHON" -m pytest -q -p no:cacheprovider $half > "$log" 2>&1 &
 code=0
 "$PYTHON" -m pytest -q -p no:cacheprovider tests ${half//tests\//--ignore=tests/} || code=$?

@@ -217,11 +217,12 @@ def test_statistics_without_features(tmp_path, arch):
     assert not torch.equal(drawn.state_dict()[first], other_seed[first])
 
 
-def test_a_start_from_statistics_says_so(tmp_path):
+def test_a_start_from_statistics_says_so(tmp_path, demo):
     model, weights = backbone()
     torch.save({"stage": "pretrain_dino", "arch": "test_vit", "init": "random", "image_size": 32, "state_dict": weights},
                tmp_path / "model.pt")
-    stage("knn_eval.py", "--init", "model.pt", "--init-stats", "--limit", "16", "--output", "run", *TINY, cwd=tmp_path)
+    stage("knn_eval.py", "--data", demo, "--init", "model.pt", "--init-stats", "--limit", "16", "--output", "run", *TINY,
+          cwd=tmp_path)
     assert metrics(tmp_path / "run")["init"] == "dino-stats"
     for args, words in ((["--init", "random"], "--init random"), (["--init", "imagenet-stats"], "--init imagenet-stats"),
                         (["--init", "model.pt", "--predict", "data"], "--predict needs")):
