@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -148,24 +149,32 @@ def prepare(source, output, *args, cwd, **how):
     return stage("prepare.py", source, "--output", output, "--workers", "0", *args, cwd=cwd, **how)
 
 
-@pytest.fixture
-def folder_source(tmp_path):
-    """source/train/ (24) and source/test/ (13, an odd number) with two classes of striped images."""
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """source/train/ (24) and source/test/ (13, an odd number) with two classes of striped images; data/ prepared of it, with
+    4 images carved for val."""
+    place = tmp_path_factory.mktemp("folders")
     rng = np.random.default_rng(0)
     for split, counts in (("train", (12, 12)), ("test", (6, 7))):
         for label, count in enumerate(counts):
-            folder = tmp_path / "source" / split / ("upright", "level")[label]
+            folder = place / "source" / split / ("upright", "level")[label]
             folder.mkdir(parents=True)
             for i in range(count):
                 Image.fromarray(picture(rng, label)).save(folder / f"{i}.png")
-    return tmp_path / "source"
+    prepare("source", "data", "--leakage", "error", cwd=place)
+    return place
 
 
 @pytest.fixture
-def folder_data(folder_source, tmp_path):
-    """folder_source prepared into data/, with 4 images carved for val."""
-    prepare("source", "data", "--leakage", "error", cwd=tmp_path)
-    return tmp_path / "data"
+def folder_source(folders, tmp_path):
+    """source/ of the folders, for the test to alter."""
+    return shutil.copytree(folders / "source", tmp_path / "source")
+
+
+@pytest.fixture
+def folder_data(folders, folder_source, tmp_path):
+    """data/ of the folders, beside their source/."""
+    return shutil.copytree(folders / "data", tmp_path / "data")
 
 
 @pytest.fixture
