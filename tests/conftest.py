@@ -32,8 +32,9 @@ def start_forks():
         # no network and no weights, whatever this machine has; the hub's client reads that as it is imported
         offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": folder, "TORCH_HOME": folder, "https_proxy": "http://127.0.0.1:9"}
         command = [sys.executable, str(ROOT / "tests" / "forks.py"), "--serve", os.environ["FORKS_SOCKET"]]
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **offline})
-        atexit.register(server.kill)
+        server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                  env={**os.environ, **offline})
+        atexit.register(server.communicate)  # which closes its stdin, as a kill of the tests would
         assert server.stdout.readline() == "ready\n"
 
 

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import sys
@@ -37,13 +38,13 @@ def ask(*job):
 
 
 def serve(path):
-    """Answer ask() until the tests end."""
+    """Answer start() until the tests end, with which this process' stdin ends."""
     import_packages()
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen()
         print("ready", flush=True)
-        while True:
+        while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
             client, _ = listener.accept()
             with client:
                 _, (out, err), _, _ = socket.recv_fds(client, 1, 2)
