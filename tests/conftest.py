@@ -21,6 +21,7 @@ import forks
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 TINY = ["--image-size", "32", "--device", "cpu", "--amp", "off"]
+WITHOUT_MATPLOTLIB = "import sys; sys.modules['matplotlib'] = None"
 
 
 def start_forks():

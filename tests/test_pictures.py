@@ -9,7 +9,7 @@ from PIL import Image, ImageColor
 import common
 import finetune
 import report
-from conftest import ROOT, TINY, metrics, picture, stage, write_prepared
+from conftest import ROOT, TINY, WITHOUT_MATPLOTLIB, metrics, picture, stage, write_prepared
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -145,9 +145,6 @@ def test_confusion(tmp_path, count):
         y, x = round(top + (i + beside) * cell), round(left + (i + beside) * cell)
         assert dark[y, x] == (i > 0) and light[y].sum() > 0.5 * (count - 1) * cell
     assert light.sum() > 0.9 * (1 - 1 / count) * (cell * count) ** 2 - dark.sum() / 2
-
-
-WITHOUT_MATPLOTLIB = "import sys; sys.modules['matplotlib'] = None"
 
 
 def test_training_without_matplotlib(tmp_path):

@@ -13,7 +13,7 @@ from PIL import Image
 import common
 import prepare
 import pretrain_dino as dino
-from conftest import ROOT, TINY, killed, metrics, picture, refused, stage
+from conftest import ROOT, TINY, WITHOUT_MATPLOTLIB, killed, metrics, picture, refused, stage
 from conftest import prepare as prepare_source
 
 DATA = ["--data", "data"]
@@ -251,7 +251,7 @@ def test_model_is_the_teacher_of_the_best_probe(folder_data, tmp_path):
     """Three epochs at a rate that spoils the features: model.pt is that of the epoch that the log says."""
     args = [*DATA, *FAST, "--arch", "test_vit", "--probe-every", "1", "--lr", "0.5", *TINY]
     done = stage("pretrain_dino.py", *args, "--output", "best", cwd=tmp_path)
-    stage("pretrain_dino.py", *args, "--keep", "last", "--output", "last", cwd=tmp_path)
+    stage("pretrain_dino.py", *args, "--keep", "last", "--output", "last", cwd=tmp_path, first=WITHOUT_MATPLOTLIB)
     log = [json.loads(line) for line in (tmp_path / "best" / "log.jsonl").read_text().splitlines()]
     best = max(log[1:], key=lambda entry: entry["knn"])
     result = metrics(tmp_path / "best")
@@ -343,8 +343,8 @@ def test_collapse_is_named_and_a_healthy_run_is_not_accused(demo, tmp_path):
 def test_two_processes_equal_one(folder_data, tmp_path, arch, flags):
     """At a low rate, and the CNN with more than 4 images a batch: its own rate, 4e-3, and batch norm over a few values make
     large what differs in the last digit, up to 0.4 % of the gradients."""
-    args = [*DATA, *FAST, "--arch", arch, "--drop-path", "0", "--lr", "1e-3", *flags, *TINY]
-    stage("pretrain_dino.py", *args, "--output", "one", cwd=tmp_path)
+    args = [*DATA, *FAST, "--epochs", "2", "--arch", arch, "--drop-path", "0", "--lr", "1e-3", *flags, *TINY]
+    stage("pretrain_dino.py", *args, "--output", "one", cwd=tmp_path, first=WITHOUT_MATPLOTLIB)
     stage("pretrain_dino.py", *args, "--output", "two", cwd=tmp_path, processes=2)
     logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
             for name in ("one", "two")]
@@ -359,7 +359,7 @@ def test_two_processes_equal_one(folder_data, tmp_path, arch, flags):
 
 def test_resumed_after_sigkill_bit_for_bit(folder_data, tmp_path):
     args = [*DATA, *FAST, "--epochs", "4", "--arch", "test_vit", "--drop-path", "0.1", *TINY]
-    stage("pretrain_dino.py", *args, "--output", "whole", cwd=tmp_path)
+    stage("pretrain_dino.py", *args, "--output", "whole", cwd=tmp_path, first=WITHOUT_MATPLOTLIB)
     killed("pretrain_dino.py", *args, "--output", "killed", cwd=tmp_path,
            log=tmp_path / "killed" / "log.jsonl", lines=3, text="epoch 3/4")
     assert not (tmp_path / "killed" / "metrics.json").exists()
@@ -372,9 +372,9 @@ def test_resumed_after_sigkill_bit_for_bit(folder_data, tmp_path):
 
 
 def test_mistakes(folder_data, tmp_path):
-    run = lambda *args: stage(  # noqa: E731
-        "pretrain_dino.py", *DATA, *FAST, "--arch", "test_vit", "--output", "run", *TINY, *args,
-        cwd=tmp_path, check=False)
+    def run(*args):
+        known = [*DATA, *FAST, "--arch", "test_vit", "--output", "run", *TINY]
+        return stage("pretrain_dino.py", *known, *args, cwd=tmp_path, check=False)
     refused(run("--accumulate", "3"), "--accumulate 3", "--batch-size 4")
     refused(run("--global-scale", "0.9", "0.2"), "--global-scale")
     refused(run("--batch-size", "400"), "--batch-size 400", "training images")
