@@ -14,7 +14,7 @@ fi
 
 # everything: two halves side by side, a thread each, as these tiny models gain nothing from a second
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-half=$(printf "tests/test_%s.py " report pretrain models weights layers training folds attn_distance)
+half=$(printf "tests/test_%s.py " report pretrain models weights layers training folds attn_distance pictures)
 log=$(mktemp)
 export TESTS_DEMO=$(mktemp -d)  # the demo for both
 "$PYTHON" -m pytest -q -p no:cacheprovider $half > "$log" 2>&1 &
