@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ import forks
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 TINY = ["--image-size", "32", "--device", "cpu", "--amp", "off"]
+WITHOUT_MATPLOTLIB = "import sys; sys.modules['matplotlib'] = None"
 
 
 def start_forks():
@@ -31,8 +33,9 @@ def start_forks():
         # no network and no weights, whatever this machine has; the hub's client reads that as it is imported
         offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": folder, "TORCH_HOME": folder, "https_proxy": "http://127.0.0.1:9"}
         command = [sys.executable, str(ROOT / "tests" / "forks.py"), "--serve", os.environ["FORKS_SOCKET"]]
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **offline})
-        atexit.register(server.kill)
+        server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                  env={**os.environ, **offline})
+        atexit.register(server.communicate)  # which closes its stdin, as a kill of the tests would
         assert server.stdout.readline() == "ready\n"
 
 
@@ -48,11 +51,11 @@ def environments(processes):
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
-def forked(command, cwd, processes):
+def forked(command, cwd, processes, first):
     """Run [script, arguments...] as forks of the process that has the packages imported."""
     start_forks()
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        code = forks.ask(command, cwd, environments(processes), out.fileno(), err.fileno())
+        code = forks.ask(command, cwd, environments(processes), out.fileno(), err.fileno(), first)
         texts = []
         for file in (out, err):
             file.seek(0)
@@ -60,17 +63,16 @@ def forked(command, cwd, processes):
         return subprocess.CompletedProcess(command, code, *texts)
 
 
-def stage(script, *args, cwd, processes=1, env=None, fresh=False, root=ROOT, check=True, limit=None):
-    """Run a script as a command in cwd (with `fresh` in a new interpreter, of several processes by torchrun, which
-    also ends the others where one fails); returns the finished process with its text output."""
+def stage(script, *args, cwd, processes=1, first="", fresh=False, root=ROOT, check=True):
+    """Run a script as a command in cwd, after the Python `first` (or with `fresh` in a new interpreter, of several processes
+    by torchrun); returns the finished process with its text output."""
     command = [str(root / script), *map(str, args)]
-    if not env and not limit and not fresh and (check or processes == 1):
-        done = forked(command, cwd, processes)
-    else:
+    if fresh:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         done = subprocess.run([sys.executable, *(launcher if processes > 1 else []), *command], cwd=cwd,
-                              env={**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})}, text=True,
-                              capture_output=True, preexec_fn=limit)
+                              env={**os.environ, "HF_HUB_OFFLINE": "1"}, text=True, capture_output=True)
+    else:
+        done = forked(command, cwd, processes, first)
     if check:
         assert done.returncode == 0, f"{script} {args}\n{done.stdout}\n{done.stderr}"
     return done
@@ -78,14 +80,19 @@ def stage(script, *args, cwd, processes=1, env=None, fresh=False, root=ROOT, che
 
 def killed(script, *args, cwd, log, lines, text):
     """Start a stage and SIGKILL it once its log.jsonl has `lines` lines and `text` then shows on stderr."""
-    process = subprocess.Popen([sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd,
-                               stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-    seen = b""
-    while text.encode() not in seen or not log.exists() or log.read_text().count("\n") < lines:
-        seen += process.stderr.read(1)
-        assert process.poll() is None, "it ended before it could be killed"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    start_forks()
+    reading, writing = os.pipe()
+    command = [str(ROOT / script), *map(str, args)]
+    with open(reading, "rb", 0) as stderr, tempfile.TemporaryFile() as out:
+        answer = forks.start(command, cwd, [{}], out.fileno(), writing)
+        os.close(writing)
+        seen = b""
+        while text.encode() not in seen or not log.exists() or log.read_text().count("\n") < lines:
+            more = stderr.read(1)
+            assert more, "it ended before it could be killed"
+            seen += more
+        os.kill(int(answer.readline()), signal.SIGKILL)
+        assert int(answer.readline()) == signal.SIGKILL
 
 
 def refused(done, *words):
@@ -144,24 +151,32 @@ def prepare(source, output, *args, cwd, **how):
     return stage("prepare.py", source, "--output", output, "--workers", "0", *args, cwd=cwd, **how)
 
 
-@pytest.fixture
-def folder_source(tmp_path):
-    """source/train/ (24) and source/test/ (13, an odd number) with two classes of striped images."""
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """source/train/ (24) and source/test/ (13, an odd number) with two classes of striped images; data/ prepared of it, with
+    4 images carved for val."""
+    place = tmp_path_factory.mktemp("folders")
     rng = np.random.default_rng(0)
     for split, counts in (("train", (12, 12)), ("test", (6, 7))):
         for label, count in enumerate(counts):
-            folder = tmp_path / "source" / split / ("upright", "level")[label]
+            folder = place / "source" / split / ("upright", "level")[label]
             folder.mkdir(parents=True)
             for i in range(count):
                 Image.fromarray(picture(rng, label)).save(folder / f"{i}.png")
-    return tmp_path / "source"
+    prepare("source", "data", "--leakage", "error", cwd=place)
+    return place
 
 
 @pytest.fixture
-def folder_data(folder_source, tmp_path):
-    """folder_source prepared into data/, with 4 images carved for val."""
-    prepare("source", "data", "--leakage", "error", cwd=tmp_path)
-    return tmp_path / "data"
+def folder_source(folders, tmp_path):
+    """source/ of the folders, for the test to alter."""
+    return shutil.copytree(folders / "source", tmp_path / "source")
+
+
+@pytest.fixture
+def folder_data(folders, folder_source, tmp_path):
+    """data/ of the folders, beside their source/."""
+    return shutil.copytree(folders / "data", tmp_path / "data")
 
 
 @pytest.fixture
@@ -189,7 +204,7 @@ def csv_data(csv_source, tmp_path):
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
-    """The built-in demo, prepared once."""
-    folder = tmp_path_factory.mktemp("demo") / "demo"
+    """The built-in demo, prepared once; in TESTS_DEMO by whichever half of the tests comes first, the other waits for it."""
+    folder = Path(os.environ.get("TESTS_DEMO") or tmp_path_factory.mktemp("demo")) / "demo"
     stage("prepare.py", "demo", "--layout", "demo", "--output", folder, cwd=folder.parent)
     return folder

@@ -14,12 +14,15 @@ fi
 
 # everything: two halves side by side, a thread each, as these tiny models gain nothing from a second
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-half=$(printf "tests/test_%s.py " report pretrain models weights layers training folds attn_distance)
+half=$(printf "tests/test_%s.py " report pretrain models weights layers training folds attn_distance pictures)
 log=$(mktemp)
-trap 'rm -f "$log"' EXIT
+export TESTS_DEMO=$(mktemp -d)  # the demo for both
 "$PYTHON" -m pytest -q -p no:cacheprovider $half > "$log" 2>&1 &
+beside=$!
+trap 'rm -rf "$log" "$TESTS_DEMO"; kill $beside 2> /dev/null || true' EXIT
+trap 'exit 130' INT TERM  # of which the one in the background hears nothing
 code=0
 "$PYTHON" -m pytest -q -p no:cacheprovider tests ${half//tests\//--ignore=tests/} || code=$?
-wait $! || code=$?
+wait $beside || code=$?
 cat "$log"
 exit $code

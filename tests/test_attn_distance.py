@@ -1,5 +1,7 @@
 """attn_distance.py: exact on hand-made attention, equal to a slow version on real models, and refusing the
 rest."""
+import shutil
+
 import numpy as np
 import pytest
 import timm
@@ -107,19 +109,20 @@ def test_attention_equals_the_softmax_by_hand(unfused, arch, prefix):
         assert (a / b - 1).abs().max() < 0.01
 
 
-@pytest.fixture
-def trained(folder_data, tmp_path):
-    """A run of finetune.py on the striped images (13 test images)."""
-    stage("finetune.py", *DATA, *VIT, "--epochs", "4", "--batch-size", "4", "--lr", "3e-3", "--output",
-          "run", cwd=tmp_path)
-    return tmp_path
+@pytest.fixture(scope="module")
+def trained(folders, tmp_path_factory):
+    """data/, the striped images (13 test images), and run/, a run of finetune.py on them."""
+    place = tmp_path_factory.mktemp("trained")
+    shutil.copytree(folders / "data", place / "data")
+    stage("finetune.py", *DATA, *VIT, "--epochs", "4", "--batch-size", "4", "--lr", "3e-3", "--output", "run", cwd=place)
+    return place
 
 
 def test_points_equal_the_slow_version(trained, unfused):
     done = stage("attn_distance.py", *DATA, *VIT, "--runs", "run", "random", "--batch-size", "4",
-                 "--output", "out", cwd=trained)
+                 "--output", "both", cwd=trained)
     assert "there are 13 test images, not 512" in done.stdout
-    result, rows = metrics(trained / "out"), table(trained / "out" / "attn_distance.csv")
+    result, rows = metrics(trained / "both"), table(trained / "both" / "attn_distance.csv")
     assert [run["name"] for run in result["runs"]] == ["run", "random"] and result["counts"]["measured"] == 13
     model, meta = common.load_trained(trained / "run" / "model.pt")
     reach = []
@@ -144,7 +147,7 @@ def test_points_equal_the_slow_version(trained, unfused):
     assert result["runs"][0]["uniform"] == pytest.approx(uniform)
     # untrained attention is nearly uniform
     assert result["runs"][1]["mean"] == pytest.approx(uniform, rel=0.05)
-    with Image.open(trained / "out" / "attn_distance.png") as image:
+    with Image.open(trained / "both" / "attn_distance.png") as image:
         assert image.width > image.height  # two panels
 
 
@@ -172,7 +175,7 @@ def test_processes_flags_and_precision(trained):
     (["--runs", "data", "--arch", "test_vit"], ["--runs data", "no model.pt"]),
     (["--arch", "test_vit", "--images", "1"], ["--images 1"]),
     (["--arch", "test_vit", "--compile"], ["--compile"])])
-def test_mistakes(folder_data, tmp_path, args, words):
-    done = stage("attn_distance.py", *DATA, *TINY, *args, "--output", "out", cwd=tmp_path, check=False)
+def test_mistakes(trained, args, words):
+    done = stage("attn_distance.py", *DATA, *TINY, *args, "--output", "out", cwd=trained, check=False)
     refused(done, *words)
-    assert not (tmp_path / "out").exists()
+    assert not (trained / "out").exists()

@@ -2,7 +2,6 @@
 import os
 import pickle
 import re
-import resource
 import shutil
 
 import filelock
@@ -127,7 +126,7 @@ def test_output_folder_of_another_run(tmp_path):
 
 
 def test_batch_size_does_not_divide(tmp_path):
-    done = stage("finetune.py", *QUICK, "--batch-size", "5", processes=2, cwd=tmp_path, check=False)
+    done = stage("finetune.py", *QUICK, "--batch-size", "5", processes=2, fresh=True, cwd=tmp_path, check=False)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode != 0 and len(errors) == 1
     assert "--batch-size 5" in errors[0] and "2 processes" in errors[0]
@@ -135,9 +134,8 @@ def test_batch_size_does_not_divide(tmp_path):
 
 
 def test_full_disk(folder_source, tmp_path):
-    def small():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
-    refused(prepare("source", "full", cwd=tmp_path, check=False, limit=small), "--output full", "cannot be written")
+    small = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))"
+    refused(prepare("source", "full", cwd=tmp_path, check=False, first=small), "--output full", "cannot be written")
     assert not (tmp_path / "full").exists() and not (tmp_path / "full.partial").exists()
     (tmp_path / "file").write_text("")
     refused(prepare("source", "file/below", cwd=tmp_path, check=False), "--output file/below", "cannot be written")

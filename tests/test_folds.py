@@ -80,20 +80,30 @@ def test_groups_and_twins_stay_in_one_fold():
     assert blank[0] is None and None not in blank[1:]
 
 
-@pytest.fixture
-def folds(tmp_path):
-    """data/, 40 images of two classes in groups of two, with 4 folds."""
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """source/; data/, 40 images of two classes in groups of two, with 4 folds; f0 to f3, a run of test_vit on each."""
+    place = tmp_path_factory.mktemp("study")
+    (place / "source").mkdir()
     rng = np.random.default_rng(0)
     rows = []
     for i in range(40):
         label = i // 2 % 2
-        (tmp_path / "source").mkdir(exist_ok=True)
-        Image.fromarray(picture(rng, label, (32, 32))).save(tmp_path / "source" / f"{i:02d}.png")
+        Image.fromarray(picture(rng, label, (32, 32))).save(place / "source" / f"{i:02d}.png")
         rows.append([f"{i:02d}.png", ("upright", "level")[label], f"p{i // 2}"])
-    with open(tmp_path / "source" / "labels.csv", "w", newline="") as out:
+    with open(place / "source" / "labels.csv", "w", newline="") as out:
         csv.writer(out).writerows([["image", "label", "patient"], *rows])
-    done = prepare("source", "data", "--folds", "4", "--group-column", "patient", cwd=tmp_path)
+    done = prepare("source", "data", "--folds", "4", "--group-column", "patient", cwd=place)
     assert "folds: 10, 10, 10, 10 images in 4 folds" in done.stdout
+    for fold in range(4):
+        stage("finetune.py", "--data", "data", *SHORT, "--fold", fold, "--output", f"f{fold}", cwd=place)
+    return place
+
+
+@pytest.fixture
+def folds(study, tmp_path):
+    """The data/ of a study of its own."""
+    shutil.copytree(study, tmp_path, dirs_exist_ok=True)
     return tmp_path / "data"
 
 
@@ -110,24 +120,22 @@ def test_every_image_is_tested_once_by_a_model_that_has_not_seen_it(folds, tmp_p
         assert {rows[i]["split"] for i in parts[1]} == {"val"} and {rows[i]["fold"] for i in parts[2]} == {str(fold)}
         assert str(fold) not in {rows[i]["fold"] for i in parts[0] | parts[1]}
         assert {rows[i]["split"] for i in parts[0]} == {"train", "test"}
-        stage("finetune.py", "--data", "data", *SHORT, "--fold", fold, "--output", f"runs/vit-f{fold}", cwd=tmp_path)
-        for row in table(tmp_path / "runs" / f"vit-f{fold}" / "predictions.csv"):
+        for row in table(tmp_path / f"f{fold}" / "predictions.csv"):
             tested[row["image"]] += 1
-        assert metrics(tmp_path / "runs" / f"vit-f{fold}")["counts"] == dataset.counts
+        assert metrics(tmp_path / f"f{fold}")["counts"] == dataset.counts
     assert len(tested) == 40 and set(tested.values()) == {1}
-    counts = metrics(tmp_path / "runs" / "vit-f0")["counts"]
+    counts = metrics(tmp_path / "f0")["counts"]
     dino = ["--batch-size", "8", "--out-dim", "32", "--local-crops", "0", "--epochs", "1"]
     stage("pretrain_dino.py", "--data", "data", *VIT, *dino, "--fold", "0", "--output", "dino", cwd=tmp_path)
     stage("knn_eval.py", "--data", "data", *TINY, "--init", "dino/model.pt", "--fold", "0", "--k", "1", "--output", "knn",
           cwd=tmp_path)
     assert metrics(tmp_path / "dino")["counts"] == metrics(tmp_path / "knn")["counts"] == counts
-    stage("attn_distance.py", "--data", "data", *VIT, "--runs", "runs/vit-f1", "--fold", "1", "--output", "reach",
+    stage("attn_distance.py", "--data", "data", *VIT, "--runs", "f1", "--fold", "1", "--output", "reach",
           cwd=tmp_path)
     assert metrics(tmp_path / "reach")["counts"]["test"] == 10
 
 
 def test_a_model_of_another_fold_is_refused(folds, tmp_path):
-    stage("finetune.py", "--data", "data", *SHORT, "--fold", "0", "--output", "f0", cwd=tmp_path)
     stage("finetune.py", "--data", "data", *SHORT, "--output", "all", cwd=tmp_path)
     for command, words in (
             (["finetune.py", "--fold", "7", *SHORT], "the folds 0, 1, 2, 3"),
@@ -151,10 +159,10 @@ def test_a_model_of_another_fold_is_refused(folds, tmp_path):
 
 
 def test_the_report_joins_the_folds(folds, tmp_path):
-    for arch in ("test_vit", "test_resnet"):
-        for fold in range(4):
-            stage("finetune.py", "--data", "data", *SHORT, "--arch", arch, "--fold", fold,
-                  "--output", f"runs/{arch}-f{fold}", cwd=tmp_path)
+    for fold in range(4):
+        shutil.copytree(tmp_path / f"f{fold}", tmp_path / "runs" / f"test_vit-f{fold}")
+        stage("finetune.py", "--data", "data", *SHORT, "--arch", "test_resnet", "--fold", fold,
+              "--output", f"runs/test_resnet-f{fold}", cwd=tmp_path)
     joined, spare = report.join_folds(report.read_runs([tmp_path / "runs"])[0])
     assert not spare and len(joined) == 2
     cells, _ = report.cells(joined)
@@ -254,7 +262,6 @@ def test_a_blank_split_is_seen_by_no_fold(folds, tmp_path):
 
 def test_corrected_labels_hide_no_fold(folds, tmp_path):
     """The folding is that of images, splits and folds alone; and a start of a start counts too."""
-    stage("finetune.py", "--data", "data", *SHORT, "--fold", "0", "--output", "f0", cwd=tmp_path)
     text = (folds / "labels.csv").read_text()
     (folds / "labels.csv").write_text(text.replace("upright", "level", 1))
     known = ["--data", "data", *TINY, "--fold", "1"]

@@ -117,7 +117,9 @@ def test_bootstrap_interval_covers_the_truth():
 
 def test_bootstrap_resamples_whole_groups():
     values, groups = np.repeat([0.0, 1.0, 0.0, 1.0], 25), np.repeat(list("abcd"), 25)
-    score = lambda rows: float(values[rows].mean())  # noqa: E731
+
+    def score(rows):
+        return float(values[rows].mean())
     spread = np.ptp(common.bootstrap_interval(score, 100))
     assert np.ptp(common.bootstrap_interval(score, 100, groups.tolist())) > 2 * spread
     assert common.bootstrap_interval(lambda rows: None, 10) is None

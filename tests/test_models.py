@@ -163,8 +163,9 @@ def test_published_weights_load_from_the_hub_cache(tmp_path, demo, init, name):
     repository = source.pretrained_cfg["hf_hub_id"]
     hub_cache(tmp_path / "hub", repository, source.state_dict())
     arch = {"imagenet": "deit_tiny", "imagenet-dino": "deit_small"}[init]
+    cache = f"from huggingface_hub import constants; constants.HF_HUB_CACHE = {str(tmp_path / 'hub')!r}"
     done = stage("knn_eval.py", "--data", demo, "--arch", arch, "--init", init, "--limit", "16", "--output", "run",
-                 *TINY, cwd=tmp_path, env={"HF_HUB_CACHE": str(tmp_path / "hub")})
+                 *TINY, cwd=tmp_path, first=cache)
     assert f"init {init}: 150 of 150 backbone tensors loaded" in done.stdout
     assert metrics(tmp_path / "run")["pretrained_on"] == "imagenet"
 
@@ -236,11 +237,12 @@ def test_statistics_without_features(tmp_path, arch):
     assert not torch.equal(drawn.state_dict()[first], other_seed[first])
 
 
-def test_a_start_from_statistics_says_so(tmp_path):
+def test_a_start_from_statistics_says_so(tmp_path, demo):
     model, weights = backbone()
     torch.save({"stage": "pretrain_dino", "arch": "test_vit", "init": "random", "image_size": 32, "state_dict": weights},
                tmp_path / "model.pt")
-    stage("knn_eval.py", "--init", "model.pt", "--init-stats", "--limit", "16", "--output", "run", *TINY, cwd=tmp_path)
+    stage("knn_eval.py", "--data", demo, "--init", "model.pt", "--init-stats", "--limit", "16", "--output", "run", *TINY,
+          cwd=tmp_path)
     assert metrics(tmp_path / "run")["init"] == "dino-stats"
     for args, words in ((["--init", "random"], "--init random"), (["--init", "imagenet-stats"], "--init imagenet-stats"),
                         (["--init", "model.pt", "--predict", "data"], "--predict needs")):

@@ -1,5 +1,4 @@
 """Pictures, read back from their files; and that everything else works where matplotlib is not installed."""
-import os
 import subprocess
 import sys
 
@@ -10,7 +9,7 @@ from PIL import Image, ImageColor
 import common
 import finetune
 import report
-from conftest import ROOT, TINY, metrics, picture, stage, write_prepared
+from conftest import ROOT, TINY, WITHOUT_MATPLOTLIB, metrics, picture, stage, write_prepared
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -147,16 +146,7 @@ def test_confusion(tmp_path, count):
     assert light.sum() > 0.9 * (1 - 1 / count) * (cell * count) ** 2 - dark.sum() / 2
 
 
-@pytest.fixture
-def no_matplotlib(tmp_path):
-    """The environment of a machine without matplotlib."""
-    fake = tmp_path / "fake" / "matplotlib"
-    fake.mkdir(parents=True)
-    (fake / "__init__.py").write_text("raise ImportError('No module named matplotlib')")
-    return {"PYTHONPATH": str(fake.parent)}
-
-
-def test_training_without_matplotlib(no_matplotlib, tmp_path):
+def test_training_without_matplotlib(tmp_path):
     """A line for each picture that is left out, and all else; report.py then makes its page without figures."""
     rng = np.random.default_rng(0)
     rows, images = [], []
@@ -166,22 +156,21 @@ def test_training_without_matplotlib(no_matplotlib, tmp_path):
         images.append(picture(rng, i % 2, (40, 40))[..., None])
     write_prepared(tmp_path / "data", np.stack(images), rows)
     done = stage("finetune.py", "--data", "data", "--arch", "test_vit", "--epochs", "2", "--batch-size", "4",
-                 "--output", "runs/a", *TINY, cwd=tmp_path, env=no_matplotlib)
+                 "--output", "runs/a", *TINY, cwd=tmp_path, first=WITHOUT_MATPLOTLIB)
     for name in ("curves.png", "confusion.png"):
         notes = [line for line in done.stdout.splitlines() if f"{name} is left out" in line]
         assert len(notes) == 1 and "pip install matplotlib" in notes[0]
     assert metrics(tmp_path / "runs" / "a")["best_epoch"] in (1, 2)
     assert (tmp_path / "runs" / "a" / "predictions.csv").exists() and not list(tmp_path.rglob("*.png"))
 
-    done = stage("report.py", "runs", cwd=tmp_path, env=no_matplotlib)
+    done = stage("report.py", "runs", cwd=tmp_path, first=WITHOUT_MATPLOTLIB)
     assert "figure1.png is left out" in done.stdout and "0 of 6 figures" in done.stdout
     assert "test_vit" in (tmp_path / "runs" / "report" / "report.html").read_text()
 
 
-def test_nothing_imports_matplotlib_before_it_draws(no_matplotlib):
+def test_nothing_imports_matplotlib_before_it_draws():
     names = sorted(file.stem for file in ROOT.glob("*.py"))
     assert len(names) == 10
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {', '.join(names)}"
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **no_matplotlib}, text=True,
-                          capture_output=True)
+    code = f"{WITHOUT_MATPLOTLIB}; sys.path.insert(0, {str(ROOT)!r}); import {', '.join(names)}"
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
     assert done.returncode == 0, done.stderr

@@ -32,12 +32,12 @@ def draw(path, seed=0, size=(24, 24)):
     Image.fromarray(np.random.default_rng([7, seed]).integers(0, 256, size, dtype=np.uint8)).save(path)
 
 
-def write_source(folder, head, rows, file="labels.csv", encoding="utf-8"):
-    """A table in a folder, with an image for each of its rows."""
+def write_source(folder, head, rows):
+    """A labels.csv in a folder, with an image for each of its rows."""
     for i, row in enumerate(rows):
-        if row[0] and not (folder / row[0]).exists() and "." in row[0]:
+        if not (folder / row[0]).exists():
             draw(folder / row[0], i)
-    with open(folder / file, "w", newline="", encoding=encoding) as out:
+    with open(folder / "labels.csv", "w", newline="") as out:
         csv.writer(out).writerows([head, *rows])
 
 
@@ -55,9 +55,7 @@ def splits_of(folder):
 def small(tmp_path):
     """source/labels.csv: image, label, group, split of 40 images in two classes."""
     rows = [[f"{i}.png", "ab"[i % 2], f"p{i // 2}", ("train", "train", "val", "test")[i // 10]] for i in range(40)]
-    write_source_in = tmp_path / "source"
-    write_source_in.mkdir()
-    write_source(write_source_in, ["image", "label", "group", "split"], rows)
+    write_source(tmp_path / "source", ["image", "label", "group", "split"], rows)
     return tmp_path
 
 
@@ -119,7 +117,6 @@ def test_missing_labels_are_named(small, missing):
 
 @pytest.mark.parametrize("first, second", [("melanoma", "Melanoma"), ("No DR", "NoDR"), ("0", "0.0"), ("1", "01")])
 def test_spellings_of_one_class_are_refused(tmp_path, first, second):
-    (tmp_path / "source").mkdir()
     rows = [[f"{i}.png", (first, second, "other")[i % 3]] for i in range(30)]
     write_source(tmp_path / "source", ["image", "label"], rows)
     refused(prepare("source", "x", cwd=tmp_path, check=False), repr(first), repr(second), "one class")
@@ -139,7 +136,6 @@ def test_an_image_that_is_listed_twice_counts_once(small):
 
 
 def test_classes_in_their_order_and_by_their_names(tmp_path):
-    (tmp_path / "source").mkdir()
     write_source(tmp_path / "source", ["image", "grade", "word"],
                  [[f"{i}.png", (10, 2, 1)[i % 3], ("Severe", "Mild", "No DR")[i % 3]] for i in range(30)])
 
@@ -171,7 +167,6 @@ def test_kappa_is_for_ordered_classes(tmp_path):
 
 
 def test_one_hot_columns_are_classes(tmp_path):
-    (tmp_path / "source").mkdir()
     rows = [[f"{i}.png", *(float(k == i % 3) for k in range(3))] for i in range(30)]
     write_source(tmp_path / "source", ["image", "x", "y", "z"], rows)
     done = prepare("source", "data", "--label-column", "x,y,z", cwd=tmp_path)
@@ -184,7 +179,6 @@ def test_one_hot_columns_are_classes(tmp_path):
 
 
 def test_one_class_is_said_and_refused_by_classifiers(tmp_path):
-    (tmp_path / "source").mkdir()
     write_source(tmp_path / "source", ["image", "label"], [[f"{i}.png", "yes"] for i in range(20)])
     assert "there is one class, 'yes'" in prepare("source", "data", cwd=tmp_path).stdout
     for name in ("finetune.py", "knn_eval.py"):
@@ -404,7 +398,6 @@ def test_small_classes():
 
 
 def test_small_classes_are_warned_of(tmp_path):
-    (tmp_path / "source").mkdir()
     write_source(tmp_path / "source", ["image", "label"], [[f"{i}.png", "rare" if i < 2 else "abc"[i % 3]] for i in range(40)])
     done = prepare("source", "data", cwd=tmp_path)
     assert done.stdout.count("fewer than 3 images") == 1 and "rare" in done.stdout
@@ -430,7 +423,6 @@ def test_groups_stay_whole_and_near_their_shares():
 
 
 def test_blank_groups_are_groups_of_their_own(tmp_path):
-    (tmp_path / "source").mkdir()
     rows = [[f"{i}.png", "ab"[i % 2], "" if i % 3 else f"p{i}"] for i in range(120)]
     write_source(tmp_path / "source", ["image", "label", "patient"], rows)
     done = prepare("source", "data", "--group-column", "patient", cwd=tmp_path)

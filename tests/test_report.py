@@ -387,7 +387,8 @@ def results(place):
 
 def interrupted(place, ready, end, **changes):
     """Start run_all.sh as the head of a process group, wait for ready(), call end(process); its output."""
-    hear = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 (background tests are deaf to it)
+    def hear():  # background tests are deaf to it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(["bash", str(ROOT / "run_all.sh")], env=study(place, **changes), cwd=place,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                start_new_session=True, preexec_fn=hear)

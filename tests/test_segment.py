@@ -3,7 +3,6 @@ import argparse
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ from PIL import Image, ImageColor, ImageDraw
 import common
 import prepare as prepare_script
 import segment
-from conftest import ROOT, TINY, metrics, prepare, refused, square_by_pillow, stage, table, write_prepared
+from conftest import TINY, killed, metrics, prepare, refused, square_by_pillow, stage, table, write_prepared
 
 FAST = ["--data", "data", "--arch", "test_vit", "--epochs", "2", "--batch-size", "4", "--lr", "3e-3", *TINY]
 SIZES = ((40, 48), (60, 40), (44, 44))  # of the sources, whose squares have SIDE pixels
@@ -165,20 +164,13 @@ def test_two_processes_equal_one(mask_data, tmp_path):
 def test_resumed_after_sigkill_bit_for_bit(mask_data, tmp_path):
     args = [*FAST, "--epochs", "6"]
     stage("segment.py", *args, "--output", "whole", cwd=tmp_path)
-    process = subprocess.Popen([sys.executable, str(ROOT / "segment.py"), *args, "--output", "killed"],
-                               cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-    seen = b""
-    while b"epoch 4/6" not in seen:  # the bar of the fourth epoch: killed inside an epoch
-        assert process.poll() is None, "ended before it could be killed"
-        seen += process.stderr.read(1)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    killed("segment.py", *args, "--output", "killed", cwd=tmp_path, log=tmp_path / "killed" / "log.jsonl", lines=3,
+           text="epoch 4/6")  # the bar of the fourth epoch: killed inside an epoch
     assert not (tmp_path / "killed" / "metrics.json").exists()
     done = stage("segment.py", *args, "--output", "killed", cwd=tmp_path)
     assert "resuming killed after epoch 3" in done.stdout
-    whole, killed = (torch.load(tmp_path / name / "model.pt", weights_only=True)
-                     for name in ("whole", "killed"))
-    assert all(torch.equal(whole["state_dict"][k], v) for k, v in killed["state_dict"].items())
+    whole, resumed = (torch.load(tmp_path / name / "model.pt", weights_only=True) for name in ("whole", "killed"))
+    assert all(torch.equal(whole["state_dict"][k], v) for k, v in resumed["state_dict"].items())
     assert metrics(tmp_path / "whole")["test"] == metrics(tmp_path / "killed")["test"]
 
 

@@ -110,12 +110,10 @@ def test_freeze_trains_the_classifier_alone(folder_data, tmp_path):
 
 
 def test_multilabel(csv_data, tmp_path):
-    args = DATA
-    stage("finetune.py", *args, *FAST, *TINY, cwd=tmp_path)
+    stage("finetune.py", *DATA, *FAST, *TINY, cwd=tmp_path)
     result = metrics(tmp_path / "run")
     assert result["metric"] == "roc_auc" and "quadratic_kappa" not in result["test"]
-    stage("knn_eval.py", *args, "--init", "run/model.pt", "--k", "1,5", "--output", "knn", *TINY,
-          cwd=tmp_path)
+    stage("knn_eval.py", *DATA, "--init", "run/model.pt", "--k", "1,5", "--output", "knn", *TINY, cwd=tmp_path)
     assert set(metrics(tmp_path / "knn")["by_k"]) == {"1", "5"}
     row = table(tmp_path / "knn" / "predictions.csv")[0]
     assert list(row) == ["image", "group", "label_a", "label_b", "a", "b"] and row["label_a"] in "01"
