@@ -486,8 +486,8 @@ def fit(student, teacher, dataset, args, run, folder, pretrained_on):
         begin = time.time()
         entry = {"epoch": epoch + 1}
         entry |= train_epoch(student, wrapped, teacher, optimizer, scaler, dataset, args, run, epoch, plan)
-        probe = args.probe_every and (epoch + 1 == args.epochs or (epoch + 1) % args.probe_every == 0)
-        entry |= examine(teacher.backbone, dataset, args, run, probe)
+        due = epoch + 1 == args.epochs or (epoch + 1) % (args.probe_every or 5) == 0
+        entry |= examine(teacher.backbone, dataset, args, run, args.probe_every and due)
         if not math.isfinite(entry["feature_std"]):  # of the last step, whose loss came before its update
             last = f"the last good checkpoint is {folder}/checkpoint.pt" if epoch else "lower --lr"
             fail(f"the weights are not finite after epoch {epoch + 1}; {last}")
@@ -501,7 +501,8 @@ def fit(student, teacher, dataset, args, run, folder, pretrained_on):
                 if args.export:
                     export(args.export, weights)
             common.save_checkpoint(folder, parts, log)
-            draw_curves(folder / "curves.png", log, images, args)
+            if due or entry["collapse"]:  # a picture takes as long as an epoch of few images
+                draw_curves(folder / "curves.png", log, images, args)
         say(describe(entry, args))
         if entry["collapse"]:
             say(f"WARNING: {entry['collapse']}")
