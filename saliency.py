@@ -53,19 +53,12 @@ def arguments():
 
 # ---------------------------------------------------------------- maps --------------------------------------
 
-def class_logits(logits, task):
-    """(B, C) float32; a lone logit l of two classes becomes [-l/2, l/2], whose softmax is [1 - p, p]."""
-    lone = task == "classes" and logits.shape[1] == 1
-    return torch.cat([-logits / 2, logits / 2], 1).float() if lone else logits.float()
-
-
 def probabilities(logits, task):
-    """(B, C): softmax over classes, or a sigmoid a label."""
-    logits = class_logits(logits, task)
-    return logits.softmax(1) if task == "classes" else logits.sigmoid()
+    """(B, C) float32: softmax over classes, or a sigmoid a label."""
+    return logits.float().softmax(1) if task == "classes" else logits.float().sigmoid()
 
 
-def grad_cam(model, images, targets, task):
+def grad_cam(model, images, targets):
     """Grad-CAM (B, h, w) float32 and the logits (B, C) for targets (B,), or None for the predicted classes:
     relu(sum_k a_k A_k), a_k the mean over places of d score / d A_k (Selvaraju et al. 2017, eq. 1, 2). A: the
     last feature map; in ViTs the patch tokens entering the last attention, after which only CLS is read."""
@@ -78,8 +71,8 @@ def grad_cam(model, images, targets, task):
     else:
         kept.append(model.forward_features(images))
         logits = model.forward_head(kept[0])
-    targets = probabilities(logits, task).argmax(1) if targets is None else targets
-    score = class_logits(logits, task).gather(1, targets[:, None]).sum()
+    targets = logits.argmax(1) if targets is None else targets
+    score = logits.float().gather(1, targets[:, None]).sum()
     features, gradient = (common.as_map(model, x) for x in (*kept, *torch.autograd.grad(score, kept)))
     return (gradient.mean((2, 3), keepdim=True) * features).sum(1).relu().detach().float(), logits.detach()
 
@@ -113,7 +106,7 @@ def explain(model, read, images, meta, args):
     if args.target is not None:
         targets = torch.full((len(images),), meta["classes"].index(args.target), device=images.device)
     if meta["method"] == "gradcam":
-        maps, logits = grad_cam(model, images, targets, meta["task"])
+        maps, logits = grad_cam(model, images, targets)
     else:
         blocks, grid = read(images), model.patch_embed.grid_size
         maps = cls_attention(blocks[-1], grid, args.head) if meta["method"] == "attention" else rollout(blocks, grid)
@@ -220,7 +213,7 @@ def open_model(name, taken, args):
         fail(f"--target {args.target}: {name} knows {common.some(meta['classes'], 30)}")
     blank = torch.zeros(1, 3, meta["image_size"], meta["image_size"])
     if method == "gradcam":  # models without a map, or with other kinds of attention, are refused now, not half-way
-        height, width = grad_cam(model, blank, None, meta["task"])[0].shape[1:]
+        height, width = grad_cam(model, blank, None)[0].shape[1:]
         if min(height, width) < 4 and not hasattr(model, "patch_embed"):  # strides pad above and left alone
             say(f"note: Grad-CAM of {label} has only {height} x {width} places at {meta['image_size']} pixels, and padding "
                 "alone makes one corner stand out; train at 224 pixels for 7 x 7")
