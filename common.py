@@ -679,9 +679,6 @@ def create(arch, num_classes, image_size, **options):
         near = timm.list_models(f"*{arch.split('.')[0].split('_')[0]}*")
         fail(f"--arch {arch}: not one of {some(ARCHS, 9)} and timm has no model of that name"
              + (f"; it has {some(near)}" if near else ""))
-    if timm.models.is_model_in_modules(name, ["resnet"]):
-        # the last norm of each block starts at 1, as torchvision's: 0 hides nearly all convolutions of an untrained network
-        options["zero_init_last"] = False
     try:
         model = timm.create_model(name, num_classes=num_classes, img_size=image_size, **options)
     except TypeError:  # a CNN takes any size
@@ -840,6 +837,7 @@ def build_model(arch, init, image_size, num_classes, seed=0, init_key=None, init
     torch.manual_seed(seed)
     model = create(arch, num_classes, image_size, **options)
     if init == "random":
+        start_as_torchvision(model)
         return model, None
     if init in NAMED_INITS:
         weights, dataset = published_weights(arch, init), "imagenet"
@@ -902,6 +900,15 @@ def open_backbone(name, dataset, args, like=None):
              "pretrained_on": pretrained_on, "image_size": known["image_size"], "patch_size": known["patch_size"],
              "num_classes": known["num_classes"], "seed": known["seed"]}
     return model.eval(), facts, {key: known[key] for key in ("mean", "std") if key in known}
+
+
+def start_as_torchvision(model):
+    """Set the last norm of each block of a ResNet to 1. timm's start of 0 hides nearly all convolutions of an untrained
+    network from its features."""
+    for block in model.modules():
+        if isinstance(block, (timm.models.resnet.BasicBlock, timm.models.resnet.Bottleneck)):
+            last = block.bn3 if hasattr(block, "bn3") else block.bn2
+            torch.nn.init.ones_(last.weight)
 
 
 def load_trained(path):
