@@ -339,14 +339,15 @@ def join_folds(runs):
         by_fold = one_each(group, "fold", spare)
         folds = sorted(by_fold)
         parts = [by_fold[fold] for fold in folds]
-        predictions = read_predictions({**parts[0], "parts": parts, "test": {}})
-        if len(folds) == parts[0].get("folds") and predictions:
-            joined.append(join(parts, predictions))
-            continue
-        why = "a predictions.csv of its folds cannot be read"
         if len(folds) != parts[0].get("folds"):
             why = f"of {parts[0].get('folds')} folds only {', '.join(map(str, folds))} can be joined"
-        spare += [(part, why) for part in parts]
+            spare += [(part, why) for part in parts]
+            continue
+        predictions = read_predictions({**parts[0], "parts": parts, "test": {}})
+        if predictions:
+            joined.append(join(parts, predictions))
+        else:
+            spare += [(part, "a predictions.csv of its folds cannot be read") for part in parts]
     return joined, spare
 
 
@@ -572,7 +573,13 @@ def score_table(cells):
 
 def table_of_datasets(cells):
     """Table 1 of the paper, of cells of one kind: a row an init and an architecture, a column a dataset."""
-    columns = {cell.setting: f"{cell.dataset} ({cell.metric})" for cell in cells}
+    settings = {(cell.dataset, cell.metric): set() for cell in cells}
+    for cell in cells:
+        settings[cell.dataset, cell.metric].add(cell.setting)
+    columns = {}
+    for cell in cells:
+        apart = f", {cell.image_size} pixels, split {cell.split}" if len(settings[cell.dataset, cell.metric]) > 1 else ""
+        columns[cell.setting] = f"{cell.dataset} ({cell.metric}{apart})"
     rows = {}
     for cell in sorted(cells, key=lambda cell: cell.rank):
         empty = {"init": cell.init, "": cell.arch, **dict.fromkeys(columns.values(), "missing")}

@@ -117,6 +117,17 @@ def test_runs_that_do_not_belong_together_are_kept_apart(tmp_path):
     assert "comparison.json cannot be read" in text and (tmp_path / "report" / "figure2.png").exists()
 
 
+def test_table_1_keeps_settings_of_a_dataset_apart(tmp_path):
+    for folder, init, size, score in (("a", "random", 96, 0.5), ("b", "random", 224, 0.9), ("c", "imagenet", 96, 0.6)):
+        fake_run(tmp_path / folder, "finetune", "resnet18", init, 0, score, dataset="A", image_size=size)
+    fake_run(tmp_path / "d", "finetune", "resnet18", "random", 0, 0.7, dataset="B")
+    rows = {row["init"]: row for row in report.table_of_datasets(tabulated(tmp_path))}
+    small, large = "A (accuracy, 96 pixels, split abc)", "A (accuracy, 224 pixels, split abc)"
+    assert rows["random"].keys() == {"init", "", small, large, "B (accuracy)"}
+    assert [rows["random"][name][:5] for name in (small, large, "B (accuracy)")] == ["0.500", "0.900", "0.700"]
+    assert rows["imagenet"][small][:5] == "0.600" and rows["imagenet"][large] == rows["imagenet"]["B (accuracy)"] == "missing"
+
+
 def test_answers_go_as_far_as_the_numbers(tmp_path):
     for seed in range(3):
         fake_run(tmp_path, "finetune", "deit_small", "random", seed, 0.4 + 0.02 * seed)
