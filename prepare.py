@@ -149,8 +149,10 @@ def leave_out(source, why, unusable, message, args):
     """Take rows that cannot be used out of a source, and note why; an error without --skip-broken, or if none are left."""
     if not unusable:
         return
-    if not args.skip_broken or len(unusable) == len(source.rows):
+    if not args.skip_broken:
         fail(f"{message}. Mend or remove them, or leave them out with --skip-broken")
+    if len(unusable) == len(source.rows):
+        fail(f"{message}. Nothing would be left; mend them")
     say(f"left out: {message}")
     gone = set(map(id, unusable))
     source.rows = [row for row in source.rows if id(row) not in gone]
@@ -755,6 +757,7 @@ def index_chexpert(root, args):
     if args.view == "frontal" and lateral:
         source.rows = [row for row in rows if row.name not in lateral]
         source.left_out["lateral"] = sorted(lateral)
+        say(f"left out, lateral: {len(lateral)} images ({some(sorted(lateral))})")
     return source
 
 
@@ -932,6 +935,10 @@ def settle_masks(source, args):
     if all(row.masks is None for row in source.rows):
         if args.mask_classes or args.ignore is not None:
             fail("--mask-classes, --ignore: this source has no masks")
+        return
+    if args.skip_broken and not any(row.masks for row in source.rows):
+        say("note: no image has a mask, so that masks are left out")
+        fill(source.rows, masks=[None] * len(source.rows))
         return
     source.mask_classes = source.mask_classes or args.mask_classes or ["background", "lesion"]
     lacking = [row for row in source.rows if not row.masks]
@@ -1191,6 +1198,7 @@ def check_groups(source, mode):
         later = {"train": {"val", "test"}, "val": {"test"}}
         gone = [row for row in source.rows if owners[row.group] & later.get(row.split, set())]
         source.left_out["patient in a later split"] = [row.name for row in gone]
+        say(f"left out, patient in a later split: {len(gone)} images ({some(row.name for row in gone)})")
         fill(gone, split=[""] * len(gone))
     return len(torn)
 
@@ -1225,6 +1233,7 @@ def check_duplicates(source, digests, mode):
              "--leakage drop takes them out of train")
     if mode == "drop":
         source.left_out["identical to an image of another split"] = sorted(gone)
+        say(f"left out, identical to an image of another split: {len(gone)} images ({some(sorted(gone))})")
         fill(gone.values(), split=[""] * len(gone))
         for split in SPLITS:
             if any(split in line for line in lines) and all(row.split != split for row in source.rows):
@@ -1620,8 +1629,6 @@ def build(folder, args, root):
     write_labels(folder, source, facts)
     write_meta(folder, source, args, side, leakage=leakage, groups_in_two_splits=torn, notes=notes)
     contact_sheet(folder)
-    for why, names in source.left_out.items():
-        say(f"left out, {why}: {len(names)} images ({some(names)})")
     return sizes, bits, facts
 
 
@@ -1683,6 +1690,10 @@ def main(argv=None):
                 if folder.exists():
                     folder.rename(old)
                 partial.rename(folder)
+            except OSError:
+                if old.exists() and not folder.exists():
+                    old.rename(folder)
+                raise
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
