@@ -38,12 +38,16 @@ if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys(
     os.environ["KMP_BLOCKTIME"] = "1"  # LLVM's and Intel's, of PyTorch elsewhere; milliseconds
 
 import timm
-import timm.optim
 import torch
 import torch.distributed as dist
 import torchvision
 from PIL import Image
 from tqdm import tqdm
+
+try:
+    from timm.optim import param_groups_layer_decay
+except ImportError:  # before timm 1.0.12
+    from timm.optim.optim_factory import param_groups_layer_decay
 
 Image.MAX_IMAGE_PIXELS = None  # mammograms and slides pass Pillow's limit; it guards web servers, not studies
 DEMO = "data/demo"  # the default of --data, which prepares itself
@@ -308,7 +312,7 @@ def check_fold(path, seen, dataset, fold):
 
 
 def load_dataset(args, splits=SPLITS, labels=False, masks=False):
-    """open_dataset of --data with --fold, --metric and --limit; refused if `splits`, labels or masks are wanted and lack."""
+    """open_dataset of --data with --fold, --metric and --limit; refused where `splits`, labels or masks are missing."""
     if Path(args.data) == Path(DEMO) and Path(__file__).with_name("prepare.py").exists():
         run_prepare(args.data, "demo", "--layout", "demo")
     flag = "--test" if getattr(args, "test", None) else "--data"
@@ -780,7 +784,7 @@ def fit_weights(model, weights, source):
     if kernel in weights and kernel in own:
         there = weights[kernel].shape[2:]
         here = own[kernel].shape[2:]
-        if there and there != here:
+        if there and here and there != here:
             say(f"init {source}: its patches of {there[0]} pixels are resampled to {here[0]} (--patch-size)")
             weights[kernel] = timm.layers.resample_patch_embed(weights[kernel], list(here))
     module = sys.modules[timm.models.model_entrypoint(model.pretrained_cfg["architecture"]).__module__]
@@ -1255,7 +1259,7 @@ def parameter_groups(model, weight_decay=0.0, layer_decay=1.0):
     """What asks for gradients: weights with decay, then biases and norms without; with a layer_decay below 1 such groups
     for each layer, whose "lr_scale" is that to the power of the layers above it (Clark et al. 2020; Bao et al. 2022)."""
     if layer_decay < 1:
-        return timm.optim.param_groups_layer_decay(model, weight_decay, layer_decay=layer_decay)
+        return param_groups_layer_decay(model, weight_decay, layer_decay=layer_decay)
     wanted = [p for p in model.parameters() if p.requires_grad]
     return [{"params": [p for p in wanted if p.ndim > 1], "weight_decay": weight_decay},
             {"params": [p for p in wanted if p.ndim <= 1], "weight_decay": 0.0}]

@@ -37,7 +37,7 @@ def arguments():
     if not 0 < args.layer_decay <= 1:
         fail(f"--layer-decay {args.layer_decay}: expected above 0, up to 1")
     for action in train._group_actions if args.freeze else []:
-        if action.dest != "class_weights":  # which plays no part in a probe
+        if action.dest not in ("class_weights", "layer_decay"):  # all others play no part in a probe
             setattr(args, action.dest, None)
     return args
 

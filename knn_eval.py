@@ -53,11 +53,11 @@ def extract(model, dataset, rows, image_size, run, pool="auto", batch_size=128):
     return common.outputs(partial(features, model, pool=pool), dataset, rows, image_size, run, batch_size)
 
 
-def save_features(path, features, dataset):
+def save_features(path, extracted, dataset):
     """features.npz: {split}_features (n, D) float32, {split}_labels and {split}_images of each split, and classes."""
     arrays = {"classes": np.array(dataset.classes)}
     for name, rows in dataset.rows.items():
-        arrays[f"{name}_features"] = features[name].numpy()
+        arrays[f"{name}_features"] = extracted[name].numpy()
         arrays[f"{name}_labels"] = dataset.labels[rows]
         arrays[f"{name}_images"] = np.array([dataset.paths[row] for row in rows])
     common.write_atomic(path, lambda part: np.savez(part, **arrays))
@@ -90,14 +90,15 @@ def main():
         model.forward_features = torch.compile(model.forward_features)
 
     started = time.time()
-    features = {name: extract(model, dataset, rows, args.image_size, run, args.pool, args.batch_size)
-                for name, rows in dataset.rows.items()}
+    extracted = {}
+    for name, rows in dataset.rows.items():
+        extracted[name] = extract(model, dataset, rows, args.image_size, run, args.pool, args.batch_size)
     speed = sum(dataset.counts.values()) / (time.time() - started)
     if run.rank > 0:
         return
-    save_features(folder / "features.npz", features, dataset)
+    save_features(folder / "features.npz", extracted, dataset)
     ks = neighbours(args.k, dataset.counts["train"])
-    scores = common.vote_on(features, dataset, ks, args.temperature, run.device)
+    scores = common.vote_on(extracted, dataset, ks, args.temperature, run.device)
 
     by_k = {}
     for k in ks:

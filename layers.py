@@ -244,12 +244,13 @@ def draw(path, dataset, runs, pairs):
         panels.append((titles[feature], f"k-NN, test {dataset.metric}", lines))
     alike = [pair for pair in pairs if pair["moved"]]
     changes = (("same_layer", "outputs", "CKA with the start"), ("moved", "weights", "distance / norm at start"))
-    for key, title, unit in changes if alike else ():
+    for key, title, unit in changes:
         lines = []
         for pair in alike:
             depths = np.arange(1, len(pair[key]) + 1) / len(pair[key])
             lines.append((pair["name"], depths, pair[key]))
-        panels.append((title, unit, lines))
+        if lines:
+            panels.append((title, unit, lines))
     figure, axes = common.new_panels(path, len(panels) + len(pairs), 4, 3.2)
     for axis, (title, unit, lines) in zip(axes, panels):
         for i, (label, x, y) in enumerate(lines):

@@ -204,9 +204,11 @@ def open_model(name, taken, args):
         fail(f"--runs {name}: no model.pt there; give the folder of a run that finetune.py has trained")
     model, meta = common.load_trained(path)
     read = common.attention_reader(model)
-    label = path.resolve().parent.name
-    if label in taken:
-        label += f"-{len(taken)}"
+    label = own = path.resolve().parent.name
+    number = 0
+    while label in taken:
+        number += 1
+        label = f"{own}-{number}"
     method = args.method if read else "gradcam"
     meta |= {"run": name, "name": label, "method": method, "mass": args.mass if method == "attention" else 1}
     if args.target is not None and args.target not in meta["classes"]:

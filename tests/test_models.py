@@ -98,6 +98,9 @@ def test_random_resnets_start_as_torchvisions():
     assert len(convolutions) == 49
     for name in convolutions:
         assert ours[name].std().item() == pytest.approx(theirs[name].std().item(), rel=0.1), name
+    hybrid, _ = common.build_model("vit_small_resnet26d_224", "random", 224, 0)  # a ViT on a ResNet's blocks
+    norms = [weight for name, weight in hybrid.state_dict().items() if name.endswith("bn3.weight")]
+    assert norms and all((weight == 1).all() for weight in norms)
 
 
 def test_biases_and_norms_do_not_decay(tmp_path):

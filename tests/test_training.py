@@ -213,6 +213,11 @@ def test_the_probe_is_scikit_learns_at_the_strength_of_validation(labels, csv_so
     assert np.abs(ours - theirs).max() < 0.005
     two = table(tmp_path / "two" / "predictions.csv")
     assert np.abs(ours - [[float(row[name]) for name in names] for row in two]).max() < 0.005
+    file = tmp_path / "probe" / "args.json"
+    content = json.loads(file.read_text())
+    del content["arguments"]["layer_decay"], content["arguments"]["defaults"]["layer_decay"]
+    file.write_text(json.dumps(content))  # a run of before there was that flag
+    assert "complete" in stage("finetune.py", *args, "--output", "probe", cwd=tmp_path).stdout
     first, probe = (torch.load(tmp_path / name / "model.pt", weights_only=True)["state_dict"] for name in ("first", "probe"))
     assert {name for name in first if not torch.equal(first[name], probe[name])} == {"head.weight", "head.bias"}
     assert (tmp_path / "probe" / "curves.png").exists()
