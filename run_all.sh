@@ -42,25 +42,25 @@ setting INITS           "random dino"                   "random imagenet imagene
 setting SEEDS           "0"                             "0 1 2 3 4"
 setting FOLDS           ""                              ""          # "0 1 2 3 4": cross-validation, of prepare.py --folds 5
 setting IMAGE_SIZE      48                              224
-setting EPOCHS          8                               50          # of fine-tuning
+setting EPOCHS          7                               50          # of fine-tuning
 setting CAPACITY        "test_resnet test_vit"          "resnet18 resnet152 deit_tiny deit_base"  # figure 3, with ARCHS
 setting CAPACITY_INITS  "random"                        "random imagenet"
-setting DINO_EPOCHS     4                               100
+setting DINO_EPOCHS     6                               100
 setting DINO_INIT       random                          imagenet
 setting DINO_PER_SEED   0                               0           # 1: each seed has a pretraining of its own
 setting SEGMENT_INITS   "random"                        "$INITS"
-setting SEGMENT_EPOCHS  4                               50
+setting SEGMENT_EPOCHS  3                               50
 setting VIT_FLAGS       "--patch-size 8"                ""          # of every stage, where the architecture is a ViT
 setting FINETUNE_FLAGS  "--lr 5e-4 --batch-size 16"     ""          # random weights, few images; the paper's is 1e-4
 # DINO of the demo: a teacher that follows within its few steps; colours that stay what they are, as they tell the classes;
 # no small crops, in which 48 pixels leave nothing of a texture
-demo_dino="--batch-size 16 --lr 4e-3 --momentum-teacher 0.9 --local-crops 0 --jitter 0.2 0.2 0.1 0.02 --grey 0"
+demo_dino="--batch-size 16 --lr 4e-3 --momentum-teacher 0.9 --local-crops 0 --jitter 0.2 0.2 0.1 0.02 --grey 0 --keep last"
 setting DINO_FLAGS      "$demo_dino"                    ""
 setting KNN_FLAGS       ""                              ""
 setting SEGMENT_FLAGS   "--lr 5e-4 --output-stride 8 --limit 400"  ""
 setting SALIENCY_FLAGS  "--images 4"                    "--images 4"
 setting ATTENTION_FLAGS ""                              ""
-setting LAYERS_FLAGS    ""                              ""
+setting LAYERS_FLAGS    "--limit 200"                   ""
 setting DATA_FLAGS      "--amp off"                     ""          # of all stages: "--limit 1000"
 setting PREPARE_FLAGS   ""                              ""          # "--label-column diagnosis --group-column patient"
 setting RUNS            "runs/demo"                     "runs/$(basename "$DATA")"
