@@ -166,6 +166,7 @@ NOT_IMAGES = {".h5", ".hdf", ".bufr", ".grib", ".mpg", ".mpeg", ".eps", ".ps", "
 DICOM = {".dcm", ".dicom"}
 SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 SUFFIXES = SUFFIXES - NOT_IMAGES | DICOM
+NAMED = ".named.csv"  # the table of saliency.py's --files, which lists those few on purpose
 
 
 def is_dicom(path):
@@ -926,7 +927,7 @@ def tell_unlisted(source):
     for folder in {os.path.dirname(path) for path in known}:
         beside |= {os.path.join(folder, name) for name in os.listdir(folder) if name[0] != "."}
     unlisted = [path for path in sorted(beside - known) if os.path.splitext(path)[1].lower() in SUFFIXES]
-    if unlisted:
+    if unlisted and source.table.name != NAMED:
         say(f"note: {len(unlisted)} images are not listed in {source.table} and not used: {some(unlisted)}")
 
 
@@ -1720,7 +1721,7 @@ def new_images(source, output, meta, skip_broken=False):
     if isinstance(source, list):
         refuse([file for file in source if not Path(file).is_file()], "--files: there is no such file")
         rows = [[os.path.abspath(file)] for file in source]
-        source = folder / "files.csv"
+        source = folder / NAMED
         source.parent.mkdir(parents=True, exist_ok=True)
         common.write_table(source, ["image"], rows)
     layout = ["--label-column", "none"] if Path(source).is_file() else ["--layout", "flat"]

@@ -222,10 +222,12 @@ def test_own_images_in_their_own_size(runs, tmp_path):
     exif = turned.getexif()
     exif[0x0112] = 6  # shown turned by 90 degrees
     turned.save(tmp_path / "turned.jpg", exif=exif)
+    turned.save(tmp_path / "not_asked_for.png")
     args = ["saliency.py", "--runs", "cnn", "vit", "--files", tmp_path / "wide.png", tmp_path / "turned.jpg",
             *TINY[2:]]
     for method in ("rollout", "gradcam"):
-        stage(*args, "--method", method, "--target", "streaked", "--output", method, cwd=runs)
+        done = stage(*args, "--method", method, "--target", "streaked", "--output", method, cwd=runs)
+        assert "not_asked_for" not in done.stdout
         result, saved = metrics(runs / method), np.load(runs / method / "maps-vit.npz")
         assert saved["map_0"].shape == (90, 150) and saved["map_1"].shape == (150, 90)
         assert saved["explained"].tolist() == ["streaked"] * 2
