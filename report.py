@@ -333,8 +333,9 @@ def join_folds(runs):
         if run.get("fold") is None or run["kind"] not in STAGES or run.get("trained_on"):
             return None
         return *shared(run), run["seed"], json.dumps(recipe(run), sort_keys=True)
-    groups, spare = grouped(runs, model), []
+    groups = grouped(runs, model)
     joined = groups.pop(None, [])
+    spare = []
     for group in groups.values():
         by_fold = one_each(group, "fold", spare)
         folds = sorted(by_fold)
@@ -573,13 +574,12 @@ def score_table(cells):
 
 def table_of_datasets(cells):
     """Table 1 of the paper, of cells of one kind: a row an init and an architecture, a column a dataset."""
-    settings = {(cell.dataset, cell.metric): set() for cell in cells}
-    for cell in cells:
-        settings[cell.dataset, cell.metric].add(cell.setting)
+    settings = dict.fromkeys(cell.setting for cell in cells)
+    sharing = Counter((dataset, metric) for dataset, _, _, metric in settings)
     columns = {}
-    for cell in cells:
-        apart = f", {cell.image_size} pixels, split {cell.split}" if len(settings[cell.dataset, cell.metric]) > 1 else ""
-        columns[cell.setting] = f"{cell.dataset} ({cell.metric}{apart})"
+    for dataset, split, image_size, metric in settings:
+        apart = f", {image_size} pixels, split {split}" if sharing[dataset, metric] > 1 else ""
+        columns[dataset, split, image_size, metric] = f"{dataset} ({metric}{apart})"
     rows = {}
     for cell in sorted(cells, key=lambda cell: cell.rank):
         empty = {"init": cell.init, "": cell.arch, **dict.fromkeys(columns.values(), "missing")}
