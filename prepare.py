@@ -145,6 +145,12 @@ def fill(rows, **columns):
     return rows
 
 
+def say_left_out(source, why, names):
+    """Note in dataset.json which images are left out, and say how many."""
+    source.left_out[why] = names
+    say(f"left out, {why}: {len(names)} images ({some(names)})")
+
+
 def leave_out(source, why, unusable, message, args):
     """Take rows that cannot be used out of a source, and note why; an error without --skip-broken, or if none are left."""
     if not unusable:
@@ -757,8 +763,7 @@ def index_chexpert(root, args):
     lateral = {name for name, view in zip(names, table["Frontal/Lateral"]) if view != "Frontal"}
     if args.view == "frontal" and lateral:
         source.rows = [row for row in rows if row.name not in lateral]
-        source.left_out["lateral"] = sorted(lateral)
-        say(f"left out, lateral: {len(lateral)} images ({some(sorted(lateral))})")
+        say_left_out(source, "lateral", sorted(lateral))
     return source
 
 
@@ -1198,8 +1203,7 @@ def check_groups(source, mode):
     if mode == "drop":
         later = {"train": {"val", "test"}, "val": {"test"}}
         gone = [row for row in source.rows if owners[row.group] & later.get(row.split, set())]
-        source.left_out["patient in a later split"] = [row.name for row in gone]
-        say(f"left out, patient in a later split: {len(gone)} images ({some(row.name for row in gone)})")
+        say_left_out(source, "patient in a later split", [row.name for row in gone])
         fill(gone, split=[""] * len(gone))
     return len(torn)
 
@@ -1233,8 +1237,7 @@ def check_duplicates(source, digests, mode):
         fail(f"{len(lines)} pairs of identical images stand in two splits, such as {lines[0][0]} and {lines[0][3]}; "
              "--leakage drop takes them out of train")
     if mode == "drop":
-        source.left_out["identical to an image of another split"] = sorted(gone)
-        say(f"left out, identical to an image of another split: {len(gone)} images ({some(sorted(gone))})")
+        say_left_out(source, "identical to an image of another split", sorted(gone))
         fill(gone.values(), split=[""] * len(gone))
         for split in SPLITS:
             if any(split in line for line in lines) and all(row.split != split for row in source.rows):
