@@ -733,8 +733,9 @@ def components(mask):
     """The regions of a mask (H, W) bool: (H, W) int64, 0 outside, 1 the largest. Pixels within 2 of each other (by rows
     and by columns) belong together, so that a thin structure that resampling has broken is one region."""
     labels = torch.arange(1, mask.numel() + 1, dtype=torch.float64, device=mask.device).view(mask.shape) * mask
-    while True:  # every pixel takes the largest number around it
-        spread = F.max_pool2d(labels[None, None], 5, 1, 2)[0, 0] * mask
+    while True:  # every pixel takes the largest number around it, along its row and then its column
+        along = F.max_pool2d(labels[None, None], (1, 5), 1, (0, 2))
+        spread = F.max_pool2d(along, (5, 1), 1, (2, 0))[0, 0] * mask
         if torch.equal(spread, labels):
             break
         labels = spread
@@ -744,20 +745,21 @@ def components(mask):
     return result
 
 
-def region_scores(truth, predicted, unit=(1.0, 1.0)):
-    """For each region of the truth, largest first: (distance of its nearest pixel from the largest region, IoU). A
-    predicted pixel outside the truth is held against the region nearest to it, so that an image of one region has its
-    ordinary IoU. truth, predicted (H, W) bool; unit: height and width of a pixel, in which distances are measured."""
+def region_scores(truth, predictions, unit=(1.0, 1.0)):
+    """For each region of the truth, largest first: (distance of its nearest pixel from the largest region, [IoU of each of
+    predictions]). A predicted pixel outside the truth is held against the region nearest to it, so that an image of one
+    region has its ordinary IoU. truth and predictions (H, W) bool; unit: height and width of a pixel, in which distances
+    are measured."""
     regions = components(truth)
     edges = [outline(regions == k, unit) for k in range(1, int(regions.max()) + 1)]
-    false = predicted & ~truth
-    places = false.nonzero() * torch.tensor(unit)
-    unions = regions.clone()
-    unions[false] = torch.stack([nearest(places, edge) for edge in edges]).argmin(0) + 1
-    scores = []
-    for k, edge in enumerate(edges, 1):
-        iou = (predicted & (regions == k)).sum() / (unions == k).sum()
-        scores.append((nearest(edge, edges[0]).min().item(), iou.item()))
+    scores = [(nearest(edge, edges[0]).min().item(), []) for edge in edges]
+    for predicted in predictions:
+        false = predicted & ~truth
+        places = false.nonzero() * torch.tensor(unit)
+        unions = regions.clone()
+        unions[false] = torch.stack([nearest(places, edge) for edge in edges]).argmin(0) + 1
+        for k, (_, iou) in enumerate(scores, 1):
+            iou.append(((predicted & (regions == k)).sum() / (unions == k).sum()).item())
     return scores
 
 
@@ -795,11 +797,10 @@ def regions_by_distance(dataset, rows, truths, predictions):
         if not truths[i].any():
             continue
         unit = pixel_size(dataset.sizes[row], dataset.fit, dataset.side)
-        first, second = (region_scores(truths[i], masks[i], unit) for masks in predictions)
-        for (distance, a), (_, b) in zip(first, second):
+        for distance, iou in region_scores(truths[i], [masks[i] for masks in predictions], unit):
             share = distance / math.hypot(*dataset.sizes[row])
             name = next(name for name, end in BINS.items() if share <= end)
-            pairs[name].append((a, b))
+            pairs[name].append(iou)
     regions = {}
     for name, found in pairs.items():
         regions[name] = {"count": len(found), "iou": np.mean(found, 0).tolist() if found else [None, None]}

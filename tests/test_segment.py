@@ -655,14 +655,15 @@ def test_regions_and_their_distance():
     truth[2:12, 2:12], truth[20:24, 30:34] = True, True
     said[2:12, 2:12], said[20:24, 30:36] = True, True
     said[0, 0] = True  # nearer to the large region
-    (near, first), (far, second) = segment.region_scores(truth, said)
+    (near, [first]), (far, [second]) = segment.region_scores(truth, [said])
     assert near == 0 and first == pytest.approx(100 / 101) and second == pytest.approx(16 / 24)
     assert far == pytest.approx(np.hypot(20 - 11, 30 - 11))
     # in pixels of a source that is high and narrow: also what a predicted pixel is nearest to
     said[4, 24] = True  # 13 columns from the large region, 16 rows and 6 columns from the small one
-    far, small = segment.region_scores(truth, said, (0.5, 2.0))[1]
+    far, (small, perfect, missed) = segment.region_scores(truth, [said, truth, ~truth], (0.5, 2.0))[1]
     assert far == pytest.approx(np.hypot(0.5 * (20 - 11), 2 * (30 - 11))) and small == pytest.approx(16 / 25)
-    assert segment.region_scores(truth, said)[1][1] == pytest.approx(16 / 24)
+    assert perfect == 1 and missed == 0
+    assert segment.region_scores(truth, [said])[1][1] == pytest.approx([16 / 24])
 
 
 def test_head_on_narrow_maps_and_any_backbone():
