@@ -66,12 +66,20 @@ setting PREPARE_FLAGS   ""                              ""          # "--label-c
 setting RUNS            "runs/demo"                     "runs/$(basename "$DATA")"
 setting SOURCE          ""                              ""
 setting LAUNCH          ""                              ""          # torchrun with its flags; else one process
+[ -z "$LAUNCH" ] || setting JOBS 1 1
+setting JOBS            2                               1           # steps at once, where one leaves the machine idle
 setting NODE            0                               "${SLURM_NODEID:-0}"
 setting DRY_RUN         0                               0
 RUNS=${RUNS#"$PWD/"}
 for name in ARCHS INITS SEEDS; do
   [ -n "${!name// /}" ] || refuse "$name is empty; leave it out for the default, or name at least one"
 done
+case $JOBS in "" | *[!0-9]* | 0*) refuse "JOBS=$JOBS: give how many steps to run at once" ;; esac
+[ "$JOBS" = 1 ] || [ -z "$LAUNCH" ] || refuse "JOBS=$JOBS: with LAUNCH=\"$LAUNCH\" one step runs at a time; leave one of both out"
+if [ "$JOBS" -gt 1 ] && [ -z "${OMP_NUM_THREADS:-}" ]; then  # the cores of a CPU are shared out
+  cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+  export OMP_NUM_THREADS=$((cores > JOBS ? cores / JOBS : 1))
+fi
 
 # ---- Python with the packages of requirements.txt: the active one, or .venv
 needed='import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, sys.argv[1].split())))'
@@ -87,10 +95,17 @@ if [ "$DRY_RUN" != 1 ] && ! "$PYTHON" -c "$needed" "$packages"; then
 fi
 
 # ---- a step: skipped where this very command has finished, logged, named at the end where it fails
-failed=() inputs=()
-trap 'echo; echo "interrupted; the same command goes on from here"; exit 130' INT TERM
+failed=() inputs=() running=()  # a step that runs: its process, when it began, its name, its command
+log_of() { [ "$NODE" = 0 ] && echo "$RUNS/logs/$1.log" || echo "$RUNS/logs/$1-node$NODE.log"; }
+interrupt() {
+  for entry in ${running[@]+"${running[@]}"}; do kill "${entry%% *}" 2>/dev/null; done
+  wait
+  echo && echo "interrupted; the same command goes on from here"
+  exit 130
+}
+trap interrupt INT TERM
 step() {  # step NAME COMMAND...: done again where one of the runs `inputs` is newer
-  local name=$1 log=$RUNS/logs/$1.log done=$RUNS/logs/$1.done begin=$SECONDS output=${*: -1} stale=1 folder
+  local name=$1 done=$RUNS/logs/$1.done output=${*: -1} stale=1 folder
   shift
   [ ! -f "$output" ] && [ ! -f "$output/metrics.json" ] && [ ! -f "$output/images.npy" ] || stale=0
   for folder in ${inputs[@]+"${inputs[@]}"}; do
@@ -103,18 +118,36 @@ step() {  # step NAME COMMAND...: done again where one of the runs `inputs` is n
     echo "to do   $name: $*"
     return
   fi
-  [ "$NODE" = 0 ] || log=$RUNS/logs/$name-node$NODE.log
+  await $((JOBS - 1))
   echo "starts  $name"
-  echo "\$ $*" >> "$log"
-  if "$@" >> "$log" 2>&1 < /dev/null; then
-    echo "$*" > "$done"
-    rm -f "$RUNS/logs/$name.failed"
-    echo "done    $name in $((SECONDS - begin)) s"
-  else
-    tr '\r' '\n' < "$log" | grep . | tail -n 1 > "$RUNS/logs/$name.failed"
-    echo "FAILED  $name: $(cat "$RUNS/logs/$name.failed") (see $log)"
-    failed+=("$name")
-  fi
+  echo "\$ $*" >> "$(log_of "$name")"
+  "$@" >> "$(log_of "$name")" 2>&1 < /dev/null &
+  running+=("$! $SECONDS $name $*")
+  [ "$JOBS" -gt 1 ] || await 0
+}
+await() {  # await MOST [NAME]: until at most MOST steps run, and not the one of that name
+  local entry process begin name command still waiting
+  while :; do
+    still=() waiting=0
+    for entry in ${running[@]+"${running[@]}"}; do
+      read -r process begin name command <<< "$entry"
+      if kill -0 "$process" 2>/dev/null; then
+        still+=("$entry")
+        [ "$name" != "${2:-}" ] || waiting=1
+      elif wait "$process"; then
+        echo "$command" > "$RUNS/logs/$name.done"
+        rm -f "$RUNS/logs/$name.failed"
+        echo "done    $name in $((SECONDS - begin)) s"
+      else
+        tr '\r' '\n' < "$(log_of "$name")" | grep . | tail -n 1 > "$RUNS/logs/$name.failed"
+        echo "FAILED  $name: $(cat "$RUNS/logs/$name.failed") (see $(log_of "$name"))"
+        failed+=("$name")
+      fi
+    done
+    running=(${still[@]+"${still[@]}"})
+    [ ${#running[@]} -gt "$1" ] || [ $waiting = 1 ] || return 0
+    sleep 0.1
+  done
 }
 [ "$DRY_RUN" = 1 ] || mkdir -p "$RUNS/logs" 2>/dev/null || refuse "RUNS=$RUNS cannot be written"
 launch=${LAUNCH:-$PYTHON}
@@ -123,6 +156,7 @@ if [ ! -f "$DATA/images.npy" ] && [ -n "$SOURCE" ]; then
 elif [ ! -f "$DATA/images.npy" ] && [ "$DATA" = data/demo ]; then
   step prepare "$PYTHON" prepare.py demo --layout demo --output "$DATA"
 fi
+await 0
 [ "$DRY_RUN" = 1 ] || [ -f "$DATA/images.npy" ] ||
   refuse "DATA=$DATA is no prepared folder; make it: python prepare.py SOURCE --output $DATA"
 columns=$(head -n 1 "$DATA/labels.csv" 2>/dev/null | tr -d '\r')
@@ -161,7 +195,10 @@ for fold in $folds; do
       ! has "$ARCHS" "$arch" || inits=$INITS main=1
       for init in $inits; do
         weights=$init name=$arch-$init-s$seed$at
-        case $init in dino | dino-stats) weights=$RUNS/$(dino_run "$arch" "$seed")/model.pt ;; esac
+        case $init in dino | dino-stats)
+          weights=$RUNS/$(dino_run "$arch" "$seed")/model.pt
+          await "$JOBS" "$(dino_run "$arch" "$seed")" ;;
+        esac
         model=("${data[@]}" --arch "$arch" $(vit_flags "$arch") --init "$weights" --seed "$seed")
         [ "$init" != dino-stats ] || model+=(--init-stats)
         [ "$CLASSIFY" = 0 ] || step "finetune-$name" $launch finetune.py "${model[@]}" --epochs "$EPOCHS" \
@@ -179,6 +216,7 @@ for fold in $folds; do
 done
 
 # ---- what looks at several runs: those of the first seed, and fold, that are there
+await 0
 take_fold "${folds%% *}"
 collect() {  # collect STAGE: inputs becomes the fine-tuned runs that the stage looks at, pairs those with their starts
   inputs=() pairs=()
@@ -211,6 +249,7 @@ if [ "$NODE" = 0 ]; then
   inputs=("$RUNS/segment-$1-${SEGMENT_INITS##* }-s$first$at" "$RUNS/segment-${2:-}-${SEGMENT_INITS##* }-s$first$at")
   [ "$SEGMENT" = 0 ] || [ $# -lt 2 ] || step comparison "$PYTHON" segment.py --compare "${inputs[@]}" \
     --output "$RUNS/comparison-$1-$2.png"
+  await 0
   [ "$DRY_RUN" = 1 ] || "$PYTHON" report.py "$RUNS" --output "$RUNS/report" || failed+=(report)
 fi
 [ ${#failed[@]} = 0 ] || { echo "${#failed[@]} steps failed: ${failed[*]}"; exit 1; }

@@ -415,12 +415,14 @@ def interrupted(place, ready, end, **changes):
 
 
 def test_killed_studies_end_with_the_same_results(folder_data, tmp_path):
-    """Ctrl-C, the script alone killed while its step lives on, all of it killed; in a folder with a blank."""
+    """Ctrl-C, the script alone killed while its step lives on, all of it killed; two steps at once, in a folder with a blank;
+    beside a study that was left alone, step by step."""
     data = folder_data.rename(tmp_path / "my data")
     changes = {"PYTHON": sys.executable, "DATA": str(data), "ARCHS": "test_resnet", "EPOCHS": "8", "DATA_FLAGS": "",
-               "FINETUNE_FLAGS": "--batch-size 4"}
+               "FINETUNE_FLAGS": "--batch-size 4", "JOBS": "2",
+               "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))}  # sums in the same order
     (tmp_path / "whole").mkdir()
-    whole = run_all(tmp_path / "whole", **{**changes, "PYTHON": str(ROOT / "tests" / "forks.py")})
+    whole = run_all(tmp_path / "whole", **{**changes, "PYTHON": str(ROOT / "tests" / "forks.py"), "JOBS": "1"})
     assert whole.returncode == 0, whole.stdout + whole.stderr
     place, lines = tmp_path / "killed", 1
     place.mkdir()
@@ -430,9 +432,11 @@ def test_killed_studies_end_with_the_same_results(folder_data, tmp_path):
         return (tuned / "log.jsonl").exists() and (tuned / "log.jsonl").read_text().count("\n") >= lines
     output = interrupted(place, epochs_are_done, lambda p: os.killpg(p.pid, signal.SIGINT), **changes)
     assert "interrupted; the same command goes on from here" in output and not (tuned / "metrics.json").exists()
+    assert subprocess.run(["pgrep", "-f", str(place)]).returncode == 1  # nothing of it runs on
 
     def kill_the_script_alone(process):
-        children.append(int(subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout))
+        own = ["pgrep", "-f", "-P", str(process.pid), "finetune.py"]
+        children.append(int(subprocess.run(own, capture_output=True, text=True).stdout))
         os.kill(children[0], signal.SIGSTOP)
         process.kill()
     lines = 1 + (tuned / "log.jsonl").read_text().count("\n")
@@ -450,8 +454,32 @@ def test_killed_studies_end_with_the_same_results(folder_data, tmp_path):
     assert results(place) == results(tmp_path / "whole") and len(results(place)) == 4
 
 
+def test_steps_at_once(tmp_path, demo):
+    """JOBS: the same results; what is pretrained is awaited by those that start from it, and by no others."""
+    changes = {"DATA": str(demo), "INITS": "random dino", "DINO_INIT": "random", "DINO_EPOCHS": "1", "ATTENTION_FLAGS": "",
+               "DINO_FLAGS": "--batch-size 16 --out-dim 64 --local-crops 1"}
+    said = {}
+    for jobs in ("1", "3"):
+        (tmp_path / jobs).mkdir()
+        done = run_all(tmp_path / jobs, JOBS=jobs, **changes)
+        assert done.returncode == 0, done.stdout + done.stderr
+        said[jobs] = [tuple(line.split()[:2]) for line in done.stdout.splitlines() if line.startswith(("starts ", "done "))]
+    assert results(tmp_path / "1") == results(tmp_path / "3") and len(results(tmp_path / "1")) == 13
+    assert [what for what, _ in said["1"]] == 13 * ["starts", "done"]
+    assert [what for what, _ in said["3"]][:4] == ["starts", "starts", "starts", "done"]
+    assert sorted(said["3"]) == sorted(said["1"])
+    at = said["3"].index
+    for arch in ("test_resnet", "test_vit"):
+        pretrained = at(("done", f"dino-{arch}"))
+        assert pretrained < at(("starts", f"finetune-{arch}-dino-s0")) and pretrained < at(("starts", f"knn-{arch}-dino-s0"))
+    assert at(("starts", "finetune-test_resnet-random-s0")) < at(("done", "dino-test_vit"))
+    last = max(at(("done", f"finetune-{arch}-{init}-s0")) for arch in ("test_resnet", "test_vit") for init in ("random", "dino"))
+    assert last < min(at(("starts", name)) for name in ("saliency", "attn_distance", "layers"))
+
+
 @pytest.mark.parametrize("changes, words", [
-    ({"SEEDS": ""}, ["SEEDS is empty"]), ({"DATA": "gone"}, ["gone is no prepared folder", "python prepare.py SOURCE --output"]),
+    ({"SEEDS": ""}, ["SEEDS is empty"]), ({"JOBS": "two"}, ["JOBS=two: give how many"]),
+    ({"JOBS": "2", "LAUNCH": "torchrun"}, ["JOBS=2: with LAUNCH=", "one step runs at a time"]), ({"DATA": "gone"}, ["gone is no prepared folder", "python prepare.py SOURCE --output"]),
     ({"DATA": "new", "SOURCE": "gone"}, ["new is no prepared folder"]), ({"PYTHON": "python999"}, ["PYTHON=python999"]),
     ({"RUNS": "file/runs"}, ["file/runs cannot be written"])])
 def test_mistakes_are_named_before_anything_runs(tmp_path, demo, changes, words):
@@ -465,6 +493,7 @@ def test_mistakes_are_named_before_anything_runs(tmp_path, demo, changes, words)
 
 @pytest.mark.parametrize("changes, words", [({"INITS": "moco"}, "--init moco: no such file"),
                                             ({"ARCHS": "resnet999"}, "--arch resnet999"),
+                                            ({"INITS": "random moco", "JOBS": "2"}, "--init moco: no such file"),
                                             ({"SEEDS": "0,1"}, "--seed: invalid int value: '0,1'")])
 def test_a_step_that_cannot_be_done_fails_with_its_line(tmp_path, demo, changes, words):
     done = run_all(tmp_path, **{"DATA": str(demo), "ARCHS": "test_vit", **changes})
