@@ -42,16 +42,16 @@ setting INITS           "random dino"                   "random imagenet imagene
 setting SEEDS           "0"                             "0 1 2 3 4"
 setting FOLDS           ""                              ""          # "0 1 2 3 4": cross-validation, of prepare.py --folds 5
 setting IMAGE_SIZE      48                              224
-setting EPOCHS          7                               50          # of fine-tuning
+setting EPOCHS          5                               50          # of fine-tuning
 setting CAPACITY        "test_resnet test_vit"          "resnet18 resnet152 deit_tiny deit_base"  # figure 3, with ARCHS
 setting CAPACITY_INITS  "random"                        "random imagenet"
-setting DINO_EPOCHS     6                               100
+setting DINO_EPOCHS     7                               100
 setting DINO_INIT       random                          imagenet
 setting DINO_PER_SEED   0                               0           # 1: each seed has a pretraining of its own
 setting SEGMENT_INITS   "random"                        "$INITS"
 setting SEGMENT_EPOCHS  3                               50
 setting VIT_FLAGS       "--patch-size 8"                ""          # of every stage, where the architecture is a ViT
-setting FINETUNE_FLAGS  "--lr 5e-4 --batch-size 16"     ""          # random weights, few images; the paper's is 1e-4
+setting FINETUNE_FLAGS  "--lr 2.5e-4 --batch-size 16"   ""          # random weights, few images; the paper's is 1e-4
 # DINO of the demo: a teacher that follows within its few steps; colours that stay what they are, as they tell the classes;
 # no small crops, in which 48 pixels leave nothing of a texture
 demo_dino="--batch-size 16 --lr 4e-3 --momentum-teacher 0.9 --local-crops 0 --jitter 0.2 0.2 0.1 0.02 --grey 0 --keep last"
