@@ -104,17 +104,24 @@ def open_model(name, dataset, args):
 
 
 def draw(path, name, results):
-    """Figure 5 of the dataset `name`: a panel per run; x block, y distance, a point per head, uniform attention as dashes."""
+    """Figure 5 of the dataset `name`: a panel per run; x block, y distance, a point per head with its 95 % interval over
+    images, uniform attention as dashes. All panels have one y axis, which begins below the points and not at 0: heads
+    of a ViT that has trained little differ by a few percent."""
     figure, axes = common.new_panels(path, len(results), 3.2, 2.6)
     if figure is None:
         return
-    top = max(max(result["uniform"], result["mean"].max()) for _, result in results)
+    shown = np.concatenate([[result["uniform"], *result["mean"].flat] for _, result in results])
+    middle = (shown.min() + shown.max()) / 2
+    reach = max(shown.max() - shown.min(), 0.1 * middle)
+    limits = (middle - 0.6 * reach, middle + 0.8 * reach)  # above: room for the legend
     for axis, (facts, result) in zip(axes, results):
         blocks, heads = result["mean"].shape
-        axis.scatter(np.repeat(np.arange(1, blocks + 1), heads), result["mean"].flatten(), s=14, alpha=0.8, label="head")
+        place = np.repeat(np.arange(1, blocks + 1), heads) + np.tile(np.linspace(-0.15, 0.15, heads), blocks)
+        axis.errorbar(place, result["mean"].flatten(), 1.96 * result["error"].flatten(), fmt="o", markersize=3,
+                      elinewidth=1, alpha=0.8, label="head")
         axis.axhline(result["uniform"], color="black", linestyle="--", linewidth=1, label="uniform attention")
         axis.set(title=f"{name}: {facts['arch']}, {facts['init']}", xlabel="block", ylabel="attention distance (pixels)",
-                 xlim=(0.5, blocks + 0.5), ylim=(0, 1.25 * top))  # room for the legend
+                 xlim=(0.5, blocks + 0.5), ylim=limits)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(loc="upper left", ncols=2, fontsize=7, handlelength=1.2)
     common.save_figure(figure, path)
