@@ -16,6 +16,7 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import sys
 import time
 import warnings
@@ -1192,7 +1193,9 @@ def barrier():
 
 
 def launch(main, again="the same command goes on, a training from its last finished epoch"):
-    """Run a stage's main; Ctrl-C ends it with a line instead of a traceback."""
+    """Run a stage's main; Ctrl-C, or a plain kill, ends it with a line instead of a traceback."""
+    if "RANK" not in os.environ:  # torchrun ends its own
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
     except KeyboardInterrupt:

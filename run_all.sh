@@ -16,7 +16,7 @@ case "${SOURCE:-}:${DATA:-}" in :*" "*) [ -d "$DATA" ] || {  # several datasets,
   studies=() code=0
   for folder in $DATA; do
     studies+=("${RUNS:-$(dirname "$0")/runs}/$(basename "$folder")")
-    DATA=$folder RUNS=${studies[${#studies[@]} - 1]} bash "$0" || code=1
+    DATA=$folder RUNS=${studies[${#studies[@]} - 1]} bash "$0" || { [ $? != 130 ] || exit 130; code=1; }
   done
   [ -n "${PYTHON:-}" ] || [ ! -x "$(dirname "$0")/.venv/bin/python" ] || PYTHON=$(dirname "$0")/.venv/bin/python
   [ "${DRY_RUN:-0}" = 1 ] || "${PYTHON:-python3}" "$(dirname "$0")/report.py" "${studies[@]}" \
@@ -66,7 +66,7 @@ setting PREPARE_FLAGS   ""                              ""          # "--label-c
 setting RUNS            "runs/demo"                     "runs/$(basename "$DATA")"
 setting SOURCE          ""                              ""
 setting LAUNCH          ""                              ""          # torchrun with its flags; else one process
-[ -z "$LAUNCH" ] || setting JOBS 1 1
+[ -z "$LAUNCH" ] || JOBS=${JOBS:-1}
 setting JOBS            2                               1           # steps at once, where one leaves the machine idle
 setting NODE            0                               "${SLURM_NODEID:-0}"
 setting DRY_RUN         0                               0
@@ -74,7 +74,7 @@ RUNS=${RUNS#"$PWD/"}
 for name in ARCHS INITS SEEDS; do
   [ -n "${!name// /}" ] || refuse "$name is empty; leave it out for the default, or name at least one"
 done
-case $JOBS in "" | *[!0-9]* | 0*) refuse "JOBS=$JOBS: give how many steps to run at once" ;; esac
+case $JOBS in [1-9] | [1-9][0-9]) ;; *) refuse "JOBS=$JOBS: give how many steps to run at once, 1 to 99" ;; esac
 [ "$JOBS" = 1 ] || [ -z "$LAUNCH" ] || refuse "JOBS=$JOBS: with LAUNCH=\"$LAUNCH\" one step runs at a time; leave one of both out"
 if [ "$JOBS" -gt 1 ] && [ -z "${OMP_NUM_THREADS:-}" ]; then  # the cores of a CPU are shared out
   cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
@@ -95,62 +95,73 @@ if [ "$DRY_RUN" != 1 ] && ! "$PYTHON" -c "$needed" "$packages"; then
 fi
 
 # ---- a step: skipped where this very command has finished, logged, named at the end where it fails
-failed=() inputs=() running=()  # a step that runs: its process, when it began, its name, its command
-log_of() { [ "$NODE" = 0 ] && echo "$RUNS/logs/$1.log" || echo "$RUNS/logs/$1-node$NODE.log"; }
+failed=() inputs=()
+processes=() names=() begins=() commands=()  # of the steps that run
+suffix=.log
+[ "$NODE" = 0 ] || suffix=-node$NODE.log
+end() {  # end PROCESS: and those that it has started, such as behind a wrapper
+  local process children=$(pgrep -P "$1" 2>/dev/null)
+  kill "$1" 2>/dev/null
+  for process in $children; do end "$process"; done
+}
 interrupt() {
-  for entry in ${running[@]+"${running[@]}"}; do kill "${entry%% *}" 2>/dev/null; done
+  local process
+  for process in $(jobs -p); do end "$process"; done
   wait
-  echo && echo "interrupted; the same command goes on from here"
+  echo
+  echo "interrupted; the same command goes on from here"
   exit 130
 }
 trap interrupt INT TERM
+await() {  # await MOST [NAME]: until at most MOST steps run, and NAME is none of them
+  local i code log waiting=1
+  while [ $waiting = 1 ]; do
+    waiting=0
+    for i in ${names[@]+"${!names[@]}"}; do
+      log=$RUNS/logs/${names[i]}$suffix
+      if kill -0 "${processes[i]}" 2>/dev/null; then
+        [ "${names[i]}" != "${2:-}" ] || waiting=1
+        continue
+      fi
+      wait "${processes[i]}" && code=0 || code=$?
+      if [ $code = 0 ]; then
+        echo "${commands[i]}" > "$RUNS/logs/${names[i]}.done"
+        rm -f "$RUNS/logs/${names[i]}.failed"
+        echo "done    ${names[i]} in $((SECONDS - begins[i])) s"
+      else
+        tr '\r' '\n' < "$log" | grep . | tail -n 1 > "$RUNS/logs/${names[i]}.failed"
+        [ $code -le 128 ] || echo "killed by signal $((code - 128)): out of memory?" > "$RUNS/logs/${names[i]}.failed"
+        echo "FAILED  ${names[i]}: $(cat "$RUNS/logs/${names[i]}.failed") (see $log)"
+        failed+=("${names[i]}")
+      fi
+      unset "processes[i]" "names[i]" "begins[i]" "commands[i]"
+    done
+    [ ${#names[@]} -le "$1" ] || waiting=1
+    [ $waiting = 0 ] || sleep 0.1
+  done
+}
 step() {  # step NAME COMMAND...: done again where one of the runs `inputs` is newer
-  local name=$1 done=$RUNS/logs/$1.done output=${*: -1} stale=1 folder
+  local name=$1 done=$RUNS/logs/$1.done log=$RUNS/logs/$1$suffix output=${*: -1} stale=1 folder
   shift
+  await $((JOBS - 1)) "$name"
   [ ! -f "$output" ] && [ ! -f "$output/metrics.json" ] && [ ! -f "$output/images.npy" ] || stale=0
   for folder in ${inputs[@]+"${inputs[@]}"}; do
     [ ! "$folder/metrics.json" -nt "$done" ] || stale=1
   done
   if [ $stale = 0 ] && [ "$(cat "$done" 2>/dev/null)" = "$*" ]; then
     echo "done    $name"
-    return
   elif [ "$DRY_RUN" = 1 ]; then
     echo "to do   $name: $*"
-    return
+  else
+    echo "starts  $name"
+    echo "\$ $*" >> "$log"
+    "$@" >> "$log" 2>&1 < /dev/null &
+    processes+=($!) names+=("$name") begins+=($SECONDS) commands+=("$*")
   fi
-  await $((JOBS - 1))
-  echo "starts  $name"
-  echo "\$ $*" >> "$(log_of "$name")"
-  "$@" >> "$(log_of "$name")" 2>&1 < /dev/null &
-  running+=("$! $SECONDS $name $*")
-  [ "$JOBS" -gt 1 ] || await 0
-}
-await() {  # await MOST [NAME]: until at most MOST steps run, and not the one of that name
-  local entry process begin name command still waiting
-  while :; do
-    still=() waiting=0
-    for entry in ${running[@]+"${running[@]}"}; do
-      read -r process begin name command <<< "$entry"
-      if kill -0 "$process" 2>/dev/null; then
-        still+=("$entry")
-        [ "$name" != "${2:-}" ] || waiting=1
-      elif wait "$process"; then
-        echo "$command" > "$RUNS/logs/$name.done"
-        rm -f "$RUNS/logs/$name.failed"
-        echo "done    $name in $((SECONDS - begin)) s"
-      else
-        tr '\r' '\n' < "$(log_of "$name")" | grep . | tail -n 1 > "$RUNS/logs/$name.failed"
-        echo "FAILED  $name: $(cat "$RUNS/logs/$name.failed") (see $(log_of "$name"))"
-        failed+=("$name")
-      fi
-    done
-    running=(${still[@]+"${still[@]}"})
-    [ ${#running[@]} -gt "$1" ] || [ $waiting = 1 ] || return 0
-    sleep 0.1
-  done
 }
 [ "$DRY_RUN" = 1 ] || mkdir -p "$RUNS/logs" 2>/dev/null || refuse "RUNS=$RUNS cannot be written"
-launch=${LAUNCH:-$PYTHON}
+launch=($LAUNCH)
+[ -n "$LAUNCH" ] || launch=("$PYTHON")
 if [ ! -f "$DATA/images.npy" ] && [ -n "$SOURCE" ]; then
   step prepare "$PYTHON" prepare.py "$SOURCE" $PREPARE_FLAGS --output "$DATA"
 elif [ ! -f "$DATA/images.npy" ] && [ "$DATA" = data/demo ]; then
@@ -186,30 +197,32 @@ for fold in $folds; do
     for arch in $ARCHS; do
       has "$INITS" dino || has "$INITS" dino-stats || continue
       name=$(dino_run "$arch" "$seed")
-      [ "$seed" != "$first" ] && [ "$DINO_PER_SEED" != 1 ] || step "$name" $launch pretrain_dino.py "${data[@]}" \
+      [ "$seed" != "$first" ] && [ "$DINO_PER_SEED" != 1 ] || step "$name" "${launch[@]}" pretrain_dino.py "${data[@]}" \
         --arch "$arch" $(vit_flags "$arch") --init "$DINO_INIT" --seed "$seed" --epochs "$DINO_EPOCHS" $DINO_FLAGS \
         --output "$RUNS/$name"
     done
-    for arch in $ARCHS $CAPACITY; do
-      inits=$CAPACITY_INITS main=0
-      ! has "$ARCHS" "$arch" || inits=$INITS main=1
-      for init in $inits; do
-        weights=$init name=$arch-$init-s$seed$at
-        case $init in dino | dino-stats)
-          weights=$RUNS/$(dino_run "$arch" "$seed")/model.pt
-          await "$JOBS" "$(dino_run "$arch" "$seed")" ;;
-        esac
-        model=("${data[@]}" --arch "$arch" $(vit_flags "$arch") --init "$weights" --seed "$seed")
-        [ "$init" != dino-stats ] || model+=(--init-stats)
-        [ "$CLASSIFY" = 0 ] || step "finetune-$name" $launch finetune.py "${model[@]}" --epochs "$EPOCHS" \
-          $FINETUNE_FLAGS --output "$RUNS/finetune-$name"
-        [ $main = 1 ] || continue
-        case $seed:$init:$DINO_PER_SEED in  # k-NN trains nothing: a seed matters where it makes other weights
-          "$first":* | *:random:* | *-stats:* | *:dino:1)
-            [ "$CLASSIFY" = 0 ] || step "knn-$name" $launch knn_eval.py "${model[@]}" $KNN_FLAGS --output "$RUNS/knn-$name" ;;
-        esac
-        [ "$SEGMENT" = 0 ] || ! has "$SEGMENT_INITS" "$init" || step "segment-$name" $launch segment.py "${model[@]}" \
-          --epochs "$SEGMENT_EPOCHS" $SEGMENT_FLAGS --output "$RUNS/segment-$name"
+    for pretrained in 0 1; do  # first what starts from nothing that is pretrained here
+      for arch in $ARCHS $CAPACITY; do
+        inits=$CAPACITY_INITS main=0
+        ! has "$ARCHS" "$arch" || inits=$INITS main=1
+        for init in $inits; do
+          weights=$init name=$arch-$init-s$seed$at needs=0
+          case $init in dino | dino-stats) weights=$RUNS/$(dino_run "$arch" "$seed")/model.pt needs=1 ;; esac
+          [ $needs = $pretrained ] || continue
+          [ $needs = 0 ] || await "$JOBS" "$(dino_run "$arch" "$seed")"
+          model=("${data[@]}" --arch "$arch" $(vit_flags "$arch") --init "$weights" --seed "$seed")
+          [ "$init" != dino-stats ] || model+=(--init-stats)
+          [ "$CLASSIFY" = 0 ] || step "finetune-$name" "${launch[@]}" finetune.py "${model[@]}" --epochs "$EPOCHS" \
+            $FINETUNE_FLAGS --output "$RUNS/finetune-$name"
+          [ $main = 1 ] || continue
+          case $seed:$init:$DINO_PER_SEED in  # k-NN trains nothing: a seed matters where it makes other weights
+            "$first":* | *:random:* | *-stats:* | *:dino:1)
+              [ "$CLASSIFY" = 0 ] || step "knn-$name" "${launch[@]}" knn_eval.py "${model[@]}" $KNN_FLAGS \
+                --output "$RUNS/knn-$name" ;;
+          esac
+          [ "$SEGMENT" = 0 ] || ! has "$SEGMENT_INITS" "$init" || step "segment-$name" "${launch[@]}" segment.py \
+            "${model[@]}" --epochs "$SEGMENT_EPOCHS" $SEGMENT_FLAGS --output "$RUNS/segment-$name"
+        done
       done
     done
   done
@@ -235,7 +248,7 @@ collect() {  # collect STAGE: inputs becomes the fine-tuned runs that the stage 
   done
 }
 if [ "$NODE" = 0 ]; then
-  for stage in saliency attn_distance layers; do
+  for stage in layers saliency attn_distance; do  # the longest first, as two may run at once
     case $stage in
       saliency) flags=$SALIENCY_FLAGS ;;
       attn_distance) flags=$ATTENTION_FLAGS ;;
