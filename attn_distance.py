@@ -110,9 +110,12 @@ def draw(path, name, results):
     figure, axes = common.new_panels(path, len(results), 3.2, 2.6)
     if figure is None:
         return
-    shown = np.concatenate([[result["uniform"], *result["mean"].flat] for _, result in results])
-    middle = (shown.min() + shown.max()) / 2
-    reach = max(shown.max() - shown.min(), 0.1 * middle)
+    ends = []
+    for _, result in results:
+        interval = 1.96 * result["error"]
+        ends += [result["uniform"], *(result["mean"] - interval).flat, *(result["mean"] + interval).flat]
+    middle = (min(ends) + max(ends)) / 2
+    reach = max(max(ends) - min(ends), 0.1 * middle)
     limits = (middle - 0.6 * reach, middle + 0.8 * reach)  # above: room for the legend
     for axis, (facts, result) in zip(axes, results):
         blocks, heads = result["mean"].shape
