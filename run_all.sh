@@ -114,7 +114,7 @@ interrupt() {
 }
 trap interrupt INT TERM
 await() {  # await MOST [NAME]: until at most MOST steps run, and NAME is none of them
-  local i code log waiting=1
+  local i code log why waiting=1
   while [ $waiting = 1 ]; do
     waiting=0
     for i in ${names[@]+"${!names[@]}"}; do
@@ -129,9 +129,10 @@ await() {  # await MOST [NAME]: until at most MOST steps run, and NAME is none o
         rm -f "$RUNS/logs/${names[i]}.failed"
         echo "done    ${names[i]} in $((SECONDS - begins[i])) s"
       else
-        tr '\r' '\n' < "$log" | grep . | tail -n 1 > "$RUNS/logs/${names[i]}.failed"
-        [ $code -le 128 ] || echo "killed by signal $((code - 128)): out of memory?" > "$RUNS/logs/${names[i]}.failed"
-        echo "FAILED  ${names[i]}: $(cat "$RUNS/logs/${names[i]}.failed") (see $log)"
+        why=$(tr '\r' '\n' < "$log" | grep . | tail -n 1)
+        [ $code -le 128 ] || why="killed by signal $((code - 128)): out of memory?"
+        echo "$why" > "$RUNS/logs/${names[i]}.failed"
+        echo "FAILED  ${names[i]}: $why (see $log)"
         failed+=("${names[i]}")
       fi
       unset "processes[i]" "names[i]" "begins[i]" "commands[i]"
@@ -201,15 +202,18 @@ for fold in $folds; do
         --arch "$arch" $(vit_flags "$arch") --init "$DINO_INIT" --seed "$seed" --epochs "$DINO_EPOCHS" $DINO_FLAGS \
         --output "$RUNS/$name"
     done
-    for pretrained in 0 1; do  # first what starts from nothing that is pretrained here
+    for pretrained in "" 1; do  # first what starts from nothing that is pretrained here
       for arch in $ARCHS $CAPACITY; do
         inits=$CAPACITY_INITS main=0
         ! has "$ARCHS" "$arch" || inits=$INITS main=1
         for init in $inits; do
-          weights=$init name=$arch-$init-s$seed$at needs=0
-          case $init in dino | dino-stats) weights=$RUNS/$(dino_run "$arch" "$seed")/model.pt needs=1 ;; esac
-          [ $needs = $pretrained ] || continue
-          [ $needs = 0 ] || await "$JOBS" "$(dino_run "$arch" "$seed")"
+          weights=$init name=$arch-$init-s$seed$at pretraining=
+          case $init in dino | dino-stats)
+            pretraining=$(dino_run "$arch" "$seed")
+            weights=$RUNS/$pretraining/model.pt ;;
+          esac
+          [ "${pretraining:+1}" = "$pretrained" ] || continue
+          [ -z "$pretraining" ] || await "$JOBS" "$pretraining"
           model=("${data[@]}" --arch "$arch" $(vit_flags "$arch") --init "$weights" --seed "$seed")
           [ "$init" != dino-stats ] || model+=(--init-stats)
           [ "$CLASSIFY" = 0 ] || step "finetune-$name" "${launch[@]}" finetune.py "${model[@]}" --epochs "$EPOCHS" \

@@ -477,7 +477,8 @@ def test_steps_at_once(tmp_path, folder_data):
 
 @pytest.mark.parametrize("changes, words", [
     ({"SEEDS": ""}, ["SEEDS is empty"]), ({"JOBS": "two"}, ["JOBS=two: give how many"]),
-    ({"JOBS": "2", "LAUNCH": "torchrun"}, ["JOBS=2: with LAUNCH=", "one step runs at a time"]), ({"DATA": "gone"}, ["gone is no prepared folder", "python prepare.py SOURCE --output"]),
+    ({"JOBS": "2", "LAUNCH": "torchrun"}, ["JOBS=2: with LAUNCH=", "one step runs at a time"]),
+    ({"DATA": "gone"}, ["gone is no prepared folder", "python prepare.py SOURCE --output"]),
     ({"DATA": "new", "SOURCE": "gone"}, ["new is no prepared folder"]), ({"PYTHON": "python999"}, ["PYTHON=python999"]),
     ({"RUNS": "file/runs"}, ["file/runs cannot be written"])])
 def test_mistakes_are_named_before_anything_runs(tmp_path, demo, changes, words):
